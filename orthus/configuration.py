@@ -1,0 +1,173 @@
+"""What an Orthus model is made of: a backbone, an autoencoder, a diffusion head and the ids that join them."""
+
+import difflib
+from typing import Any, Literal
+
+from transformers import AutoConfig, PreTrainedConfig
+
+LATENT_EMBEDDINGS = ("softmax", "argmin", "linear")
+OBJECTIVES = ("v_prediction", "flow_matching")
+
+
+class DiffusionHeadConfig(PreTrainedConfig):
+    """Configuration of the diffusion head (an AdaLN MLP that draws one image latent at a time).
+
+    Args:
+        latent_dim: channels `C` of a latent.
+        cond_dim: width `D` of the backbone's hidden states that condition the head.
+        width: width `W` of the residual blocks.
+        num_blocks: number of residual blocks.
+        objective: `"v_prediction"` (published: 1000 steps, scaled-linear betas rescaled to zero terminal SNR) or
+            `"flow_matching"` (straight path from data to noise, velocity target).
+        latent_scale: raw latents are multiplied by this before they are noised and divided by it after sampling.
+        num_noise_draws: noise draws per latent in one training forward ("batch multiplier").
+        num_train_timesteps, beta_start, beta_end: noise schedule of `"v_prediction"`.
+        time_logit_mean, time_logit_std: training times of `"flow_matching"` are sigmoid(normal(mean, std)).
+        num_diffusion_steps: default number of sampler steps.
+    """
+
+    model_type = "orthus_diffusion_head"
+
+    latent_dim: int = 256
+    cond_dim: int = 4096
+    width: int = 1536
+    num_blocks: int = 3
+    time_embed_dim: int = 256
+    objective: Literal["v_prediction", "flow_matching"] = "v_prediction"
+    latent_scale: float = 0.1
+    num_noise_draws: int = 8
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    time_logit_mean: float = 0.0
+    time_logit_std: float = 1.0
+    num_diffusion_steps: int = 100
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        reject_unknown_keys(self, kwargs)
+        require_choice("head_config.objective", self.objective, OBJECTIVES)
+        super().__post_init__(**kwargs)
+
+
+class OrthusConfig(PreTrainedConfig):
+    """Configuration of [`OrthusForConditionalGeneration`].
+
+    Args:
+        text_config: config of the backbone, any `transformers` decoder (a config object, or a dict with `model_type`).
+        autoencoder_config: config of the autoencoder (`orthus_patch_autoencoder` or `orthus_vqgan_autoencoder`).
+        head_config: config of the diffusion head; `latent_dim` and `cond_dim` must fit the two above.
+        latent_embedding: how latents enter the backbone: `"softmax"` (soft VQ, eq. 4), `"argmin"` (hard VQ) or
+            `"linear"`; the last two are the paper's ablation.
+        soft_vq_temperature: tau of eq. 4; towards 0 it becomes `"argmin"`.
+        soft_vq_fp32_distances: compute distances in fp32 whatever the model's dtype (exact); False follows the
+            published code, which computes them in the model's dtype.
+        num_codes, code_offset: the codebook has `num_codes` centres, whose embeddings are rows
+            `code_offset : code_offset + num_codes` of the input embeddings.
+        use_latent_positions: add a learned embedding of the raster index to every embedded latent (not published).
+        input_noise: upper end of the uniformly drawn strength of Gaussian noise on input latents in training, in
+            units of the head's scaled latents (a guard against exposure bias; 0 = published).
+        image_loss_weight: lambda of the training loss, text + lambda * image.
+    """
+
+    model_type = "orthus"
+    sub_configs = {"text_config": AutoConfig, "autoencoder_config": AutoConfig, "head_config": DiffusionHeadConfig}
+
+    text_config: dict | PreTrainedConfig | None = None
+    autoencoder_config: dict | PreTrainedConfig | None = None
+    head_config: dict | PreTrainedConfig | None = None
+    latent_embedding: Literal["softmax", "argmin", "linear"] = "softmax"
+    soft_vq_temperature: float = 1.0
+    soft_vq_fp32_distances: bool = True
+    num_codes: int = 8192
+    code_offset: int = 4
+    use_latent_positions: bool = False
+    input_noise: float = 0.0
+    image_loss_weight: float = 100.0
+    bos_token_id: int = 0
+    pad_token_id: int = 1
+    eos_token_id: int = 2
+    boi_token_id: int = 8197
+    eoi_token_id: int = 8196
+    image_token_id: int = 8711
+    separator_token_id: int = 8710
+    vocabulary_map: dict | None = None
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        reject_unknown_keys(self, kwargs)
+        require_choice("latent_embedding", self.latent_embedding, LATENT_EMBEDDINGS)
+        if not self.soft_vq_temperature > 0:
+            raise ValueError(f"soft_vq_temperature must be > 0, got {self.soft_vq_temperature}; use argmin for hard VQ")
+        self.text_config = as_config("text_config", self.text_config, "llama")
+        self.autoencoder_config = as_config("autoencoder_config", self.autoencoder_config, "orthus_patch_autoencoder")
+        if self.head_config is None:
+            self.head_config = {
+                "latent_dim": self.autoencoder_config.latent_dim,
+                "cond_dim": self.text_config.hidden_size,
+            }
+        if isinstance(self.head_config, dict):
+            fields = {key: value for key, value in self.head_config.items() if key != "model_type"}
+            self.head_config = DiffusionHeadConfig(**fields)
+        self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
+        super().__post_init__(**kwargs)
+        self._check_parts()
+
+    @property
+    def num_latents(self) -> int:
+        """Latents per image (also the number of image placeholders in a prompt)."""
+        return self.autoencoder_config.num_latents
+
+    def _check_parts(self) -> None:
+        text, autoencoder, head = self.text_config, self.autoencoder_config, self.head_config
+        if head.latent_dim != autoencoder.latent_dim:
+            raise ValueError(
+                f"head_config.latent_dim={head.latent_dim} but the autoencoder makes latents of "
+                f"{autoencoder.latent_dim} channels; set head_config.latent_dim={autoencoder.latent_dim}"
+            )
+        if head.cond_dim != text.hidden_size:
+            raise ValueError(
+                f"head_config.cond_dim={head.cond_dim} but the backbone's hidden size is {text.hidden_size}; "
+                f"set head_config.cond_dim={text.hidden_size}"
+            )
+        if self.code_offset + self.num_codes > text.vocab_size:
+            raise ValueError(
+                f"code rows {self.code_offset}..{self.code_offset + self.num_codes - 1} lie outside the backbone's "
+                f"vocabulary of {text.vocab_size}; enlarge text_config.vocab_size or lower num_codes"
+            )
+
+
+def as_config(name: str, value: dict | PreTrainedConfig | None, default_type: str) -> PreTrainedConfig:
+    """A sub-config from a dict with `model_type` (or a config object, or None for the default type)."""
+    if isinstance(value, PreTrainedConfig):
+        return value
+    fields = dict(value or {})
+    model_type = fields.pop("model_type", default_type)
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except ValueError as error:
+        if "model identifier" not in str(error):
+            raise
+        raise ValueError(f"{name}.model_type={model_type!r} is no model type that transformers or orthus knows") from error
+
+
+def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """ValueError with a suggestion unless `value` is one of `choices`."""
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(choices)}{hint}")
+
+
+def reject_unknown_keys(config: PreTrainedConfig, extra: dict[str, Any]) -> None:
+    """ValueError that suggests the nearest field for each key that neither the class nor `transformers` defines."""
+    known = set(type(config).default_config_fields()) if hasattr(type(config), "default_config_fields") else set()
+    known |= {field for cls in type(config).__mro__ for field in getattr(cls, "__annotations__", {})}
+    passed_on = {"torch_dtype", "num_labels", "attn_implementation", "quantization_config", "auto_map", "use_cache"}
+    for key in extra:
+        if key.startswith("_") or key in known or key in passed_on or hasattr(type(config), key):
+            continue
+        near = difflib.get_close_matches(key, sorted(known), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown key {key!r} in {type(config).__name__}{hint}")

@@ -1,0 +1,229 @@
+"""Examples -> batches of full rows. Examples share rows; `position_ids` restarting at 0 tell where each begins."""
+
+import hashlib
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from orthus.data.schema import Example
+from orthus.processing import IGNORE_INDEX, OrthusProcessor, Rendered
+
+MIN_SEEN = 100  # examples before a fraction of dropped ones means anything
+
+
+class ExampleSource(Protocol):
+    """Anything indexable. With a length it is read again and again; without one it is taken to be endless."""
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    position: int
+    task: str
+    rendered: Rendered
+
+
+def choose_row(lengths: list[int], row_length: int) -> list[int]:
+    """Which of the waiting examples share a row: the first (so that none waits for ever), and those that fill it best.
+
+    An exact subset sum: bit `s` of `reachable[k]` says whether some of the first `k` candidates add up to `s` tokens.
+    `lengths` are in order of arrival, each at most `row_length`. Returns ascending places in `lengths`.
+    """
+    room = row_length - lengths[0]
+    mask = (1 << (room + 1)) - 1
+    reachable = [1]
+    for length in lengths[1:]:
+        reachable.append((reachable[-1] | reachable[-1] << length) & mask)
+        if reachable[-1] >> room:  # the row is already full to the last token
+            break
+    total = reachable[-1].bit_length() - 1
+    chosen = []
+    for place in range(len(reachable) - 1, 0, -1):
+        if not reachable[place - 1] >> total & 1:
+            chosen.append(place)
+            total -= lengths[place]
+    return [0, *reversed(chosen)]
+
+
+def shuffled(index: int, length: int, key: tuple[int, int]) -> int:
+    """Where `index` goes in a permutation of `range(length)` drawn by `key`, in constant time and memory for any length.
+
+    A four-round Feistel network on the next even number of bits, repeated until it lands inside.
+    """
+    half = (max(length - 1, 1).bit_length() + 1) // 2
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for feistel_round in range(4):
+            digest = hashlib.blake2b(repr((key, feistel_round, right)).encode(), digest_size=8).digest()
+            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
+        index = left << half | right
+        if index < length:
+            return index
+
+
+class PackedLoader:
+    """Endless iterator over batches, deterministic, sharded and resumable; one per rank.
+
+    Rank `r` reads the positions `p >= start_index` with `p % world_size == r` in order. Position `p` is `dataset[p]`; a
+    dataset with a length is read at `p % len(dataset)`, or with a `seed` in a fresh permutation for each epoch. Of
+    `buffer_size` waiting examples, those are put together that fill a row best.
+
+    A batch is `input_ids`, `position_ids`, `labels`, each `(rows_per_batch, row_length)` int64, and `pixel_values
+    (N, 3, H, W)` of all pictures in row-major order of their placeholders (absent if there are none). The first label
+    of each example is -100; the rest of a row is padding: an example of its own whose labels are all -100.
+
+    An example longer than `row_length` is dropped, counted and warned about once per task; `ValueError` when more than
+    `max_dropped_fraction` are. `state_dict` describes the batches handed out so far: a prefetching wrapper must keep
+    the one that belongs to the batch it hands out.
+    """
+
+    def __init__(
+        self,
+        dataset: ExampleSource,
+        processor: OrthusProcessor,
+        rows_per_batch: int,
+        row_length: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start_index: int = 0,
+        seed: int | None = None,
+        buffer_size: int = 64,
+        max_dropped_fraction: float = 0.01,
+    ) -> None:
+        if min(rows_per_batch, row_length, buffer_size) < 1:
+            raise ValueError(f"{rows_per_batch=}, {row_length=}, {buffer_size=}; each must be at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank = {rank} is outside 0..{world_size - 1} (world_size = {world_size})")
+        if start_index < 0 or not 0 <= max_dropped_fraction < 1:
+            raise ValueError(
+                f"start_index = {start_index}, max_dropped_fraction = {max_dropped_fraction}; need >= 0, and 0 <= f < 1"
+            )
+        measure = getattr(dataset, "__len__", None)
+        self._length = None if measure is None else int(measure())
+        if self._length == 0:
+            raise ValueError("the dataset is empty; check its path or its filters")
+        self.dataset, self.processor = dataset, processor
+        self.rows_per_batch, self.row_length = rows_per_batch, row_length
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.buffer_size, self.max_dropped_fraction = buffer_size, max_dropped_fraction
+        self._next = start_index + (rank - start_index) % world_size
+        self._waiting: list[_Waiting] = []
+        self.examples: Counter[str] = Counter()  # handed out, by task
+        self.dropped: Counter[str] = Counter()  # too long, by task
+        self.num_real_tokens = 0
+        self.num_tokens = 0
+
+    @property
+    def fill(self) -> float:
+        """Share of tokens handed out so far that are not padding; 0 before the first batch."""
+        return self.num_real_tokens / max(self.num_tokens, 1)
+
+    def __iter__(self) -> "PackedLoader":
+        return self
+
+    def __next__(self) -> dict[str, torch.Tensor]:
+        rows = [self._next_row() for _ in range(self.rows_per_batch)]
+        return self._to_batch(rows)
+
+    def _index(self, position: int) -> int:
+        if self._length is None:
+            return position
+        epoch, index = divmod(position, self._length)
+        return index if self.seed is None else shuffled(index, self._length, (self.seed, epoch))
+
+    def _read(self, position: int) -> _Waiting:
+        index = self._index(position)
+        example = self.dataset[index]
+        try:
+            return _Waiting(position, example.task, self.processor.render(example.turns))
+        except ValueError as error:
+            raise ValueError(f"example {index} of task {example.task!r}: {error}") from error
+
+    def _refill(self) -> None:
+        while len(self._waiting) < self.buffer_size:
+            waiting = self._read(self._next)
+            self._next += self.world_size
+            if len(waiting.rendered.input_ids) <= self.row_length:
+                self._waiting.append(waiting)
+            else:
+                self._drop(waiting)
+
+    def _drop(self, waiting: _Waiting) -> None:
+        what = f"an example of task {waiting.task!r} has {len(waiting.rendered.input_ids)} tokens, more than row_length"
+        if waiting.task not in self.dropped:
+            warnings.warn(f"{what} = {self.row_length}: dropped, and more like it will be counted", stacklevel=2)
+        self.dropped[waiting.task] += 1
+        num_dropped = self.dropped.total()
+        seen = num_dropped + self.examples.total() + len(self._waiting)
+        if num_dropped > self.max_dropped_fraction * max(seen, MIN_SEEN):
+            raise ValueError(f"dropped {num_dropped} of {seen} examples ({dict(self.dropped)}); the last: {what} = "
+                             f"{self.row_length}; raise row_length or max_dropped_fraction")  # fmt: skip
+
+    def _next_row(self) -> list[_Waiting]:
+        self._refill()
+        chosen = choose_row([len(waiting.rendered.input_ids) for waiting in self._waiting], self.row_length)
+        row = [self._waiting[place] for place in chosen]
+        for place in reversed(chosen):
+            del self._waiting[place]
+        self.examples.update(waiting.task for waiting in row)
+        return row
+
+    def _to_batch(self, rows: list[list[_Waiting]]) -> dict[str, torch.Tensor]:
+        ids: list[int] = []
+        labels: list[int] = []
+        positions: list[int] = []
+        for number, row in enumerate(rows, start=1):
+            for waiting in row:
+                rendered = waiting.rendered
+                ids += rendered.input_ids
+                labels.append(IGNORE_INDEX)
+                labels += rendered.labels[1:]
+                positions += range(len(rendered.input_ids))
+            padding = number * self.row_length - len(ids)
+            self.num_real_tokens += self.row_length - padding
+            ids += [self.processor.pad_token_id] * padding
+            labels += [IGNORE_INDEX] * padding
+            positions += range(padding)
+        self.num_tokens += len(ids)
+        shape = (self.rows_per_batch, self.row_length)
+        batch = {
+            "input_ids": torch.tensor(ids).view(shape),
+            "position_ids": torch.tensor(positions).view(shape),
+            "labels": torch.tensor(labels).view(shape),
+        }
+        images = [image for row in rows for waiting in row for image in waiting.rendered.images]
+        if images:
+            batch["pixel_values"] = self.processor.image_processor.pixel_values(images)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings: where to read on, which examples wait, and what has been counted."""
+        return {
+            "next_position": self._next,
+            "waiting_positions": [waiting.position for waiting in self._waiting],
+            "examples": dict(self.examples),
+            "dropped": dict(self.dropped),
+            "num_real_tokens": self.num_real_tokens,
+            "num_tokens": self.num_tokens,
+            "shard": self._shard(),
+        }
+
+    def _shard(self) -> dict[str, Any]:
+        return {
+            "rank": self.rank, "world_size": self.world_size, "seed": self.seed, "length": self._length,
+            "row_length": self.row_length, "buffer_size": self.buffer_size,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken. Raises `ValueError` if this loader would read or pack differently."""
+        if state["shard"] != self._shard():
+            raise ValueError(f"state is of a loader with {state['shard']}, not {self._shard()}; make them equal")
+        self._next = state["next_position"]
+        self._waiting = [self._read(position) for position in state["waiting_positions"]]
+        self.examples, self.dropped = Counter(state["examples"]), Counter(state["dropped"])
+        self.num_real_tokens, self.num_tokens = state["num_real_tokens"], state["num_tokens"]

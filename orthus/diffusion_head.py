@@ -1,0 +1,201 @@
+"""The diffusion head: an AdaLN MLP that owns the loss and the sampler of one image latent given one hidden state.
+
+The modulations of a block depend on the diffusion time and the condition but never on the noised latent. Sampling
+therefore computes them for all diffusion steps in one product per block before the loop; what stays sequential is the
+small part that sees `x`. Training and sampling call the same two functions, `modulations` and `denoise`.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from orthus import diffusion
+from orthus.configuration import DiffusionHeadConfig
+
+MAX_PERIOD = 10_000
+
+
+@lru_cache(maxsize=8)
+def _alphas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
+    with torch.device("cpu"):
+        return diffusion.zero_terminal_snr_alphas(num_steps, beta_start, beta_end)
+
+
+def sinusoids(times: Tensor, dim: int) -> Tensor:
+    """Time features `(N, dim)`, cosines then sines, of `times` `(N,)` in units of training steps."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=times.device) / half)
+    angles = times.float().unsqueeze(-1) * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class AdaLNBlock(nn.Module):
+    """`x + gate * mlp(norm(x) * (1 + scale) + shift)`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 3 * width)
+
+    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
+        shift, scale, gate = modulation.chunk(3, dim=-1)
+        return x + gate * self.mlp(self.norm(x) * (1 + scale) + shift)
+
+
+class DiffusionHead(nn.Module):
+    """Draws image latents `(N, C)` from hidden states `(N, D)`; latents are raw at every public method."""
+
+    def __init__(self, config: DiffusionHeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.time_embed = nn.Sequential(nn.Linear(config.time_embed_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.cond_embed = nn.Linear(config.cond_dim, width)
+        self.input_proj = nn.Linear(config.latent_dim, width)
+        self.blocks = nn.ModuleList(AdaLNBlock(width) for _ in range(config.num_blocks))
+        self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.final_linear = nn.Linear(width, config.latent_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Xavier for the linear layers; modulations and the last layer start at zero, so that every block starts as the identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.xavier_uniform_(module.weight)
+                init.zeros_(module.bias)
+        for layer in (self.time_embed[0], self.time_embed[2]):
+            init.normal_(layer.weight, std=0.02)
+        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
+            init.zeros_(layer.weight)
+            init.zeros_(layer.bias)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """`(num_train_timesteps,)` in fp32 on the CPU; only the v-prediction objective uses it."""
+        config = self.config
+        return _alphas(config.num_train_timesteps, config.beta_start, config.beta_end)
+
+    def embed_times(self, times: Tensor) -> Tensor:
+        """`(N, W)` for `times` `(N,)`: integer training steps (v-prediction) or [0, 1] (flow matching)."""
+        if self.config.objective == "flow_matching":
+            times = times.float() * self.config.num_train_timesteps
+        features = sinusoids(times, self.config.time_embed_dim)
+        return self.time_embed(features.to(self.input_proj.weight.dtype))
+
+    def modulations(self, conditioning: Tensor) -> list[Tensor]:
+        """Per block `(..., 3W)` and for the final layer `(..., 2W)`, from `y = time + cond` `(..., W)`."""
+        activated = F.silu(conditioning)
+        return [block.modulation(activated) for block in self.blocks] + [self.final_modulation(activated)]
+
+    def denoise(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
+        """Predicted target `(..., C)` for noised scaled latents `(..., C)`."""
+        x = self.input_proj(x)
+        for block, modulation in zip(self.blocks, modulations[:-1], strict=True):
+            x = block(x, modulation)
+        shift, scale = modulations[-1].chunk(2, dim=-1)
+        return self.final_linear(self.final_norm(x) * (1 + scale) + shift)
+
+    def forward(self, x: Tensor, times: Tensor, cond: Tensor) -> Tensor:
+        """Predicted target `(N, C)` for noised scaled latents `(N, C)` at `times` `(N,)` given `cond` `(N, D)`."""
+        return self.denoise(x, self.modulations(self.embed_times(times) + self.cond_embed(cond)))
+
+    def loss(self, cond: Tensor, latents: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
+        """Mean squared error of the target, a scalar; see [`latent_losses`]."""
+        return self.latent_losses(cond, latents, timesteps=timesteps, noise=noise).mean()
+
+    def latent_losses(
+        self, cond: Tensor, latents: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Mean squared error of the target per latent `(N,)`, averaged over channels and noise draws.
+
+        Args:
+            cond: `(N, D)` hidden states at the positions that predict the latents.
+            latents: `(N, C)` raw latents.
+            timesteps: `(M * N,)` times of all draws, draw-major; drawn when None (`M = num_noise_draws`).
+            noise: `(M * N, C)` standard normal; drawn when None.
+        """
+        num_latents, (config, dtype) = len(latents), (self.config, self.input_proj.weight.dtype)
+        draws = config.num_noise_draws if timesteps is None else len(timesteps) // max(num_latents, 1)
+        if timesteps is not None and len(timesteps) != draws * num_latents:
+            raise ValueError(f"timesteps has {len(timesteps)} entries, not a multiple of the {num_latents} latents")
+        scaled = (latents.float() * config.latent_scale).repeat(draws, 1)
+        noise = torch.randn_like(scaled) if noise is None else noise.to(scaled)
+        timesteps = self.draw_times(len(scaled), scaled.device) if timesteps is None else timesteps
+        if config.objective == "v_prediction":
+            noised, target = diffusion.v_prediction_pair(scaled, noise, self.alphas_cumprod, timesteps)
+        else:
+            noised, target = diffusion.flow_matching_pair(scaled, noise, timesteps)
+        conditioning = self.embed_times(timesteps) + self.cond_embed(cond.to(dtype)).repeat(draws, 1)
+        predicted = self.denoise(noised.to(dtype), self.modulations(conditioning))
+        return (predicted.float() - target).square().mean(dim=-1).view(draws, num_latents).mean(dim=0)
+
+    def draw_times(self, num: int, device: torch.device) -> Tensor:
+        """Training times `(num,)`: uniform integer steps, or logit-normal in [0, 1] for flow matching."""
+        config = self.config
+        if config.objective == "v_prediction":
+            return torch.randint(0, config.num_train_timesteps, (num,), device=device)
+        return torch.sigmoid(torch.randn(num, device=device) * config.time_logit_std + config.time_logit_mean)
+
+    def sampler_steps(self, num_diffusion_steps: int | None, solver: str | None) -> diffusion.Steps:
+        """Constants of a sampler run. On the straight path of flow matching DDIM and Euler are the same step."""
+        solver = solver or "ddim"
+        if solver not in diffusion.SOLVERS:
+            raise ValueError(f"solver={solver!r} is not one of {', '.join(diffusion.SOLVERS)}")
+        num_diffusion_steps = num_diffusion_steps or self.config.num_diffusion_steps
+        if self.config.objective == "flow_matching":
+            return diffusion.euler_steps(num_diffusion_steps)
+        if solver != "ddim":
+            raise ValueError(f"solver={solver!r} needs objective=flow_matching; this head has v_prediction: use ddim")
+        return diffusion.ddim_steps(self.alphas_cumprod, num_diffusion_steps)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        cond: Tensor,
+        *,
+        guidance: float | Tensor = 1.0,
+        uncond: Tensor | None = None,
+        image_cond: Tensor | None = None,
+        image_guidance: float | Tensor | None = None,
+        num_diffusion_steps: int | None = None,
+        solver: str | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw raw latents `(N, C)` for hidden states `cond` `(N, D)`.
+
+        Args:
+            guidance: classifier-free guidance weight, a number or `(N, 1)`; 1 uses `cond` alone.
+            uncond: `(N, D)` hidden states of the unconditional stream, needed when guidance is not 1.
+            image_cond: `(N, D)` of the stream that sees the picture but not the instruction (editing):
+                `v = v_uncond + image_guidance (v_image - v_uncond) + guidance (v_cond - v_image)`.
+            noise: `(N, C)` standard normal start, shared by the streams; drawn with `generator` when None.
+        """
+        if uncond is None and isinstance(guidance, (int, float)) and guidance != 1.0:
+            raise ValueError(f"guidance={guidance} needs uncond, the hidden states of the unconditional stream")
+        if image_cond is not None and (uncond is None or image_guidance is None):
+            raise ValueError("image_cond needs both uncond and image_guidance (three-stream editing guidance)")
+        dtype = self.input_proj.weight.dtype
+        streams = torch.stack([stream.to(dtype) for stream in (cond, image_cond, uncond) if stream is not None])
+        shape = (len(cond), self.config.latent_dim)
+        state_dtype = torch.promote_types(dtype, torch.float32)
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=cond.device, dtype=state_dtype)
+        elif tuple(noise.shape) != shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape} (one row per latent)")
+        x = noise.to(state_dtype)
+        steps = self.sampler_steps(num_diffusion_steps, solver)
+        times = self.embed_times(steps.times.to(cond.device))  # (S, W)
+        conditioning = times[:, None, None] + self.cond_embed(streams)  # (S, streams, N, W)
+        modulations = self.modulations(conditioning)
+        for index, (c_x, c_v) in enumerate(zip(steps.c_x.tolist(), steps.c_v.tolist(), strict=True)):
+            noised = x.to(dtype).expand(len(streams), *shape)
+            v = self.denoise(noised, [modulation[index] for modulation in modulations])
+            x = c_x * x + c_v * diffusion.guide(v.to(state_dtype), guidance, image_guidance)
+        return x / self.config.latent_scale

@@ -1,0 +1,259 @@
+"""Pictures <-> pixel values: resize, crop and scale exactly as the published preprocessing does, and back.
+
+PIL does the resizing because its Lanczos filter is what the published weights saw. Scaling is a table of 256 values per
+channel, which is both the fastest way and free of rounding differences between versions.
+"""
+
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import BaseImageProcessor, BatchFeature
+from transformers.processing_utils import ImagesKwargs
+
+ImageLike = Image.Image | np.ndarray | torch.Tensor
+
+MAX_PIXELS = 64 * 1024 * 1024
+EXIF_ORIENTATION = 0x0112
+ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
+# What Pillow's decoders raise on damaged files (OSError includes UnidentifiedImageError and "image file is truncated").
+DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error,
+                 Image.DecompressionBombError)  # fmt: skip
+
+
+def load_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads and decodes one picture file.
+
+    Returns the decoded picture in its own mode, EXIF orientation not yet applied (the image processor does that).
+    Raises `FileNotFoundError` for a missing file and `ValueError` for one that is damaged or larger than `max_pixels`.
+    """
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no image file at {os.fspath(path)!r}")
+    try:
+        image = Image.open(path)
+    except DECODE_ERRORS as error:
+        raise ValueError(f"cannot read {os.fspath(path)!r} as an image: {error}") from error
+    with image:
+        _check_pixels(image.width, image.height, max_pixels)
+        _decode(image)
+        return image.copy()
+
+
+def _check_pixels(width: int, height: int, max_pixels: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"image of {width} x {height} pixels is empty")
+    if width * height > max_pixels:
+        raise ValueError(
+            f"image of {width} x {height} = {width * height} pixels exceeds max_pixels = {max_pixels}; "
+            "shrink it, or raise max_pixels if you trust its source"
+        )
+
+
+def _decode(image: Image.Image) -> None:
+    try:
+        image.load()
+    except DECODE_ERRORS as error:
+        raise ValueError(f"image is truncated or corrupt: {error}") from error
+
+
+def array_to_image(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """uint8 `(H, W)`, `(H, W, 1 | 3 | 4)`, or for tensors also `(1 | 3 | 4, H, W)`, which wins where both fit.
+
+    Raises `ValueError` for another dtype or shape.
+    """
+    kind = type(array).__name__
+    if isinstance(array, torch.Tensor):
+        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
+            array = array.permute(1, 2, 0)
+        array = array.detach().cpu().contiguous().numpy() if array.dtype == torch.uint8 else array
+    if array.dtype != np.uint8:
+        raise ValueError(f"{kind} image has dtype {array.dtype}; pass uint8 in 0..255, e.g. (x * 255).round() as uint8")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[-1] not in (1, 3, 4)):
+        raise ValueError(f"{kind} image has shape {tuple(array.shape)}; pass (H, W, 3), e.g. x.transpose(1, 2, 0)")
+    if 0 in array.shape:
+        raise ValueError(f"{kind} image has shape {tuple(array.shape)}: it is empty")
+    array = array[..., 0] if array.ndim == 3 and array.shape[-1] == 1 else array
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _from_high_depth(image: Image.Image) -> Image.Image:
+    """Greyscale of 16 bits (modes I;16* and I, as Pillow opens 16-bit PNG) -> 8 bits; Pillow would clip at 255."""
+    array = np.asarray(image).astype(np.int64)
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > 65535:
+        raise ValueError(f"image of mode {image.mode} has values {low}..{high}; pass 16-bit greyscale in 0..65535")
+    return Image.fromarray(((array + 128) // 257).astype(np.uint8))
+
+
+def _blend_on_white(image: Image.Image) -> Image.Image:
+    """Published blending: float64 arithmetic, truncated."""
+    rgba = np.asarray(image.convert("RGBA"))
+    if (rgba[..., 3] == 255).all():
+        return Image.fromarray(np.ascontiguousarray(rgba[..., :3]))
+    alpha = rgba[..., 3:] / 255.0
+    return Image.fromarray(((1 - alpha) * 255 + alpha * rgba[..., :3]).astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL picture -> upright RGB: EXIF orientation applied, transparency blended on white, 16 bits scaled to 8.
+
+    Raises `ValueError` for a damaged picture or a mode without a defined conversion (F, LAB).
+    """
+    _decode(image)
+    if image.info or image.format:
+        try:
+            image = ImageOps.exif_transpose(image)
+        except DECODE_ERRORS:  # unreadable EXIF: the pixels are still good, and say nothing about their orientation
+            pass
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        return _blend_on_white(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        return _from_high_depth(image).convert("RGB")
+    if image.mode not in ("1", "L", "P", "CMYK", "YCbCr", "HSV", "RGBX"):
+        raise ValueError(f"image mode {image.mode!r} has no defined conversion to RGB; convert it first")
+    return image.convert("RGB")
+
+
+class OrthusImagesKwargs(ImagesKwargs, total=False):
+    max_pixels: int
+
+
+def _edge(size: int | Mapping[str, int]) -> int:
+    edge = size if isinstance(size, int) else size.get("shortest_edge")
+    if not isinstance(edge, int) or isinstance(edge, bool) or edge < 1:
+        raise ValueError(f"size = {size!r}; pass a positive number of pixels or {{'shortest_edge': pixels}}")
+    return edge
+
+
+def _crop(crop_size: int | Mapping[str, int] | None, edge: int) -> tuple[int, int]:
+    if crop_size is None or isinstance(crop_size, int):
+        crop_size = {"height": crop_size or edge, "width": crop_size or edge}
+    height, width = crop_size.get("height"), crop_size.get("width")
+    if not isinstance(height, int) or not isinstance(width, int) or not (1 <= height <= edge and 1 <= width <= edge):
+        raise ValueError(f"crop_size = {crop_size!r}; pass height and width from 1 to size = {edge}")
+    return height, width
+
+
+def _table(rescale_factor: float, mean: list[float], std: list[float]) -> np.ndarray:
+    """`(3, 256)` float32: what each uint8 value becomes, rounded where the published code rounds."""
+    if not rescale_factor > 0 or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"rescale_factor = {rescale_factor!r}, image_mean = {mean!r}, image_std = {std!r}; "
+                         "need a positive factor, three means and three positive deviations")  # fmt: skip
+    scaled = (np.arange(256, dtype=np.float64) * rescale_factor).astype(np.float32)
+    return (scaled[None] - np.array(mean, np.float32)[:, None]) / np.array(std, np.float32)[:, None]
+
+
+class OrthusImageProcessor(BaseImageProcessor):
+    """Shortest side to `size`, centre crop to `crop_size` (default: a square), `(x * rescale_factor - mean) / std`.
+
+    Reads published `preprocessor_config.json` files as they are. All `do_*` steps are part of the model's contract and
+    cannot be switched off. A picture of more than `max_pixels` is refused before it is decoded or enlarged.
+    """
+
+    model_input_names = ["pixel_values"]
+    valid_kwargs = OrthusImagesKwargs
+
+    def __init__(
+        self,
+        size: int | Mapping[str, int] = 512,
+        crop_size: int | Mapping[str, int] | None = None,
+        resample: int = Image.Resampling.LANCZOS,
+        rescale_factor: float = 0.0078,
+        image_mean: Iterable[float] = (1.0, 1.0, 1.0),
+        image_std: Iterable[float] = (1.0, 1.0, 1.0),
+        max_pixels: int = MAX_PIXELS,
+        **kwargs: Any,
+    ) -> None:
+        for name in ALWAYS_ON:
+            if kwargs.pop(name, True) not in (True, None):
+                raise ValueError(f"{name} = False is not supported: the autoencoder needs all of {ALWAYS_ON}")
+        super().__init__(**kwargs)
+        edge = _edge(size)
+        height, width = _crop(crop_size, edge)
+        self.size = {"shortest_edge": edge}
+        self.crop_size = {"height": height, "width": width}
+        self.resample = int(Image.Resampling(resample))
+        self.rescale_factor = float(rescale_factor)
+        self.image_mean = [float(value) for value in image_mean]
+        self.image_std = [float(value) for value in image_std]
+        self.max_pixels = int(max_pixels)
+        self._lookup: np.ndarray = _table(self.rescale_factor, self.image_mean, self.image_std)
+        self._is_uniform = bool((self._lookup == self._lookup[:1]).all())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {key: value for key, value in super().to_dict().items() if key not in ("_lookup", "_is_uniform")}
+
+    def prepare(self, image: ImageLike) -> Image.Image:
+        """One picture -> RGB of exactly `crop_size`, uint8.
+
+        Raises `ValueError` for a wrong type, dtype, shape or mode, a damaged picture, or one over `max_pixels`.
+        """
+        height, width = self.crop_size["height"], self.crop_size["width"]
+        if type(image) is Image.Image and image.mode == "RGB" and image.size == (width, height) and not image.info:
+            if min(width, height) == self.size["shortest_edge"]:
+                return image
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            image = array_to_image(image)
+        if not isinstance(image, Image.Image):
+            hint = "open files with load_image(path)" if isinstance(image, (str, os.PathLike)) else "convert it first"
+            raise ValueError(f"an image is a PIL image, a uint8 array or tensor, not {type(image).__name__}; {hint}")
+        _check_pixels(image.width, image.height, self.max_pixels)
+        return self._resize_and_crop(to_rgb(image))
+
+    def _resize_and_crop(self, image: Image.Image) -> Image.Image:
+        edge, shortest = self.size["shortest_edge"], min(image.size)
+        new_width, new_height = (int(edge * side / shortest) for side in image.size)
+        if (new_width, new_height) != image.size:
+            _check_pixels(new_width, new_height, self.max_pixels)
+            image = image.resize((new_width, new_height), self.resample)
+        height, width = self.crop_size["height"], self.crop_size["width"]
+        left, top = (new_width - width) // 2, (new_height - height) // 2
+        return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+    def pixel_values(self, images: Iterable[ImageLike]) -> torch.Tensor:
+        """Pictures -> `(N, 3, H, W)` float32; `N` may be 0. Raises as `prepare` does."""
+        arrays = [np.asarray(self.prepare(image)) for image in images]
+        if not arrays:
+            return torch.zeros(0, 3, self.crop_size["height"], self.crop_size["width"])
+        pixels = np.stack(arrays).transpose(0, 3, 1, 2)  # (N, 3, H, W)
+        if self._is_uniform:
+            values = np.take(self._lookup[0], np.ascontiguousarray(pixels))
+        else:
+            channels = [np.take(self._lookup[channel], pixels[:, channel]) for channel in range(3)]
+            values = np.stack(channels, axis=1)
+        return torch.from_numpy(values)
+
+    def preprocess(self, images: Any, return_tensors: str | None = "pt") -> BatchFeature:
+        """One picture or a (nested) list of them -> `pixel_values (N, 3, H, W)`. Raises as `prepare` does."""
+        pixel_values = self.pixel_values(flatten_images(images))
+        return BatchFeature({"pixel_values": pixel_values.numpy()}, tensor_type=return_tensors)
+
+    def postprocess(self, pixel_values: torch.Tensor | np.ndarray) -> list[Image.Image]:
+        """`(N, 3, H, W)` or `(3, H, W)` of any float dtype -> N RGB pictures; clipped, then truncated as published.
+
+        Raises `ValueError` for another shape and for values that are not finite.
+        """
+        values = torch.as_tensor(pixel_values).detach().to("cpu", torch.float32)
+        values = values[None] if values.ndim == 3 else values
+        if values.ndim != 4 or values.shape[1] != 3:
+            raise ValueError(f"pixel_values has shape {tuple(values.shape)}; pass (N, 3, H, W) or (3, H, W)")
+        if not torch.isfinite(values).all():
+            raise ValueError("pixel_values holds NaN or infinity: look at the latents that were decoded")
+        array = values.permute(0, 2, 3, 1).numpy()  # (N, H, W, 3)
+        array = array * np.array(self.image_std, np.float32) + np.array(self.image_mean, np.float32)
+        array = array * np.float32(1 / self.rescale_factor)  # not a division: the published code rounds this way
+        return [Image.fromarray(picture) for picture in np.ascontiguousarray(array.clip(0, 255).astype(np.uint8))]
+
+
+def flatten_images(images: Any) -> list[ImageLike]:
+    """One picture, a stack `(N, ...)`, or nested lists -> a flat list in order."""
+    if isinstance(images, (list, tuple)):
+        return [image for entry in images for image in flatten_images(entry)]
+    return list(images) if isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4 else [images]

@@ -1,0 +1,278 @@
+"""Orthus: embed -> backbone -> LM head | diffusion head. The losses sit inside `forward`, each formula has one home."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
+from orthus import generation
+from orthus.configuration import OrthusConfig
+from orthus.diffusion_head import DiffusionHead
+from orthus.soft_vq import LatentEmbedding
+
+IGNORE = -100
+
+
+@dataclass
+class OrthusOutput(ModelOutput):
+    """Output of [`OrthusForConditionalGeneration.forward`].
+
+    `loss_sums` and `loss_counts` hold, under "text" and "image", the summed loss and the number of targets; `text_loss` and
+    `image_loss` are their means and `loss` their weighted sum. A loss without targets is 0.
+    """
+
+    loss: Tensor | None = None
+    text_loss: Tensor | None = None
+    image_loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    last_hidden_state: Tensor | None = None
+    loss_sums: dict[str, Tensor] | None = None
+    loss_counts: dict[str, int] | None = None
+
+
+class OrthusForConditionalGeneration(PreTrainedModel):
+    """One causal transformer over text tokens and continuous image latents (arXiv 2412.00127).
+
+    Latents `(N, L, C)` are raw autoencoder features at every public method; `N` counts images in order of appearance over
+    the flattened batch.
+    """
+
+    config_class = OrthusConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}
+    _no_split_modules = ["DiffusionHead"]
+
+    def __init__(self, config: OrthusConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.text_config)
+        if hasattr(self.backbone, "vqmodel"):  # Chameleon brings a discrete tokenizer of its own; ours is `autoencoder`
+            del self.backbone.vqmodel
+        self.autoencoder = AutoModel.from_config(config.autoencoder_config)
+        self.latent_embedding = LatentEmbedding(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.diffusion_head = DiffusionHead(config.head_config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, DiffusionHead):
+            module.reset_parameters()
+        elif isinstance(module, LatentEmbedding):
+            module.reset_parameters(std)
+        elif module is self.lm_head:
+            init.normal_(module.weight, std=std)
+
+    # ------------------------------------------------------------------ latents in and out
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the loss terms: text + lambda * image."""
+        return {"text": 1.0, "image": self.config.image_loss_weight}
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    @torch.no_grad()
+    def get_image_latents(self, pixel_values: Tensor) -> Tensor:
+        """Raw latents `(N, L, C)` of pictures `(N, 3, H, W)` in [-1, 1]."""
+        size = self.config.autoencoder_config.image_size
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != (3, size, size):
+            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected (N, 3, {size}, {size})")
+        return self.autoencoder.encode(pixel_values.to(next(self.autoencoder.parameters()).dtype))
+
+    @torch.no_grad()
+    def decode_image_latents(self, latents: Tensor) -> Tensor:
+        """Pictures `(N, 3, H, W)`, about [-1, 1], of raw latents `(N, L, C)`."""
+        self._check_latents(latents)
+        return self.autoencoder.decode(latents.to(next(self.autoencoder.parameters()).dtype))
+
+    def embed_image_latents(self, latents: Tensor) -> Tensor:
+        """Backbone inputs `(N, L, D)` of raw latents `(N, L, C)` (eq. 4)."""
+        self._check_latents(latents)
+        return self.latent_embedding(latents, self.code_embeddings())
+
+    def code_embeddings(self) -> Tensor:
+        """`(K, D)`: the rows of the input embeddings that belong to the codebook, the `W` of eq. 4."""
+        start = self.config.code_offset
+        return self.get_input_embeddings().weight[start : start + self.config.num_codes]
+
+    def embed_inputs(self, input_ids: Tensor, image_latents: Tensor | None) -> Tensor:
+        """Backbone inputs `(B, T, D)`: token embeddings, with embedded latents at the image placeholders."""
+        placeholders = input_ids == self.config.image_token_id
+        num_placeholders, num_given = int(placeholders.sum()), 0 if image_latents is None else image_latents[..., 0].numel()
+        if num_placeholders != num_given:
+            per_image = self.config.num_latents
+            raise ValueError(
+                f"the prompt holds {num_placeholders} image placeholders ({num_placeholders / per_image:g} images of "
+                f"{per_image}) but {num_given} latents ({num_given / per_image:g} images) were given; "
+                "pass one image per <image> in the prompt"
+            )
+        embeddings = self.get_input_embeddings()(input_ids)
+        if image_latents is None:
+            return embeddings
+        embedded = self.embed_image_latents(image_latents).to(embeddings.dtype).flatten(0, 1)
+        return embeddings.masked_scatter(placeholders.unsqueeze(-1), embedded)
+
+    def count_targets(self, batch: dict[str, Any]) -> dict[str, int]:
+        """Number of text tokens and latents that `batch` asks the model to predict."""
+        targets = batch["labels"][:, 1:]
+        num_image = int((targets == self.config.image_token_id).sum())
+        return {"text": int((targets != IGNORE).sum()) - num_image, "image": num_image}
+
+    # ------------------------------------------------------------------ forward
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        labels: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        noise: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        skip_logits: bool | None = None,
+        **backbone_kwargs: Any,
+    ) -> OrthusOutput:
+        """Run the backbone and, given `labels`, both losses.
+
+        Args:
+            input_ids: `(B, T)`, with `num_latents` image placeholders per image.
+            attention_mask: `(B, T)`, 0 at padding. None with `position_ids` that restart means packed examples.
+            position_ids: `(B, T)`; counts real tokens when None.
+            pixel_values: `(N, 3, H, W)` in [-1, 1], or else `image_latents`: `(N, L, C)` raw.
+            labels: `(B, T)`: the token id where a text token is to be predicted, `image_token_id` where a latent is, -100
+                elsewhere. The position before predicts it.
+            timesteps, noise: fixed draws of the image loss; see [`DiffusionHead.latent_losses`].
+            logits_to_keep: compute logits for the last so many positions only (0 = all).
+            skip_logits: do not return logits; default: in training with labels, where the loss needs only text positions.
+        """
+        latents = self._resolve_latents(pixel_values, image_latents)
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("pass input_ids or inputs_embeds")
+            inputs_embeds = self.embed_inputs(input_ids, self._noise_inputs(latents))
+        if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
+            position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
+        self._check_length(inputs_embeds.shape[1], past_key_values)
+        if use_cache is None and past_key_values is None and labels is not None:
+            use_cache = False  # a cache would also keep the backbone from seeing packed examples in `position_ids`
+        outputs = self.backbone(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **backbone_kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        result = OrthusOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            last_hidden_state=hidden,
+        )
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if not skip_logits:
+            result.logits = self.lm_head(hidden[:, -logits_to_keep:])
+        if labels is not None:
+            self._add_losses(result, hidden, labels, input_ids, latents, timesteps, noise)
+        return result
+
+    def _add_losses(
+        self,
+        result: OrthusOutput,
+        hidden: Tensor,
+        labels: Tensor,
+        input_ids: Tensor,
+        latents: Tensor | None,
+        timesteps: Tensor | None,
+        noise: Tensor | None,
+    ) -> None:
+        """Cross-entropy at text targets and diffusion loss at latent targets, as sums and counts."""
+        image_token = self.config.image_token_id
+        targets, sources = labels[:, 1:], hidden[:, :-1]
+        is_latent, is_text = targets == image_token, (targets != IGNORE) & (targets != image_token)
+        text_logits = self.lm_head(sources[is_text])
+        text_sum = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum")
+        image_sum = text_sum.new_zeros(())
+        if bool(is_latent.any()):
+            if latents is None or bool((labels[:, 1:][is_latent] != input_ids[:, 1:][is_latent]).any()):
+                raise ValueError("labels mark latents to predict where input_ids has no image placeholder with latents")
+            chosen = latents.flatten(0, 1)[(labels == image_token)[input_ids == image_token]]
+            losses = self.diffusion_head.latent_losses(sources[is_latent], chosen, timesteps=timesteps, noise=noise)
+            image_sum = losses.sum()
+        result.loss_sums = {"text": text_sum, "image": image_sum}
+        result.loss_counts = {"text": int(is_text.sum()), "image": int(is_latent.sum())}
+        means = {name: total / max(result.loss_counts[name], 1) for name, total in result.loss_sums.items()}
+        result.text_loss, result.image_loss = means["text"], means["image"]
+        result.loss = sum(weight * means[name] for name, weight in self.loss_weights.items())
+
+    def _resolve_latents(self, pixel_values: Tensor | None, image_latents: Tensor | None) -> Tensor | None:
+        if pixel_values is not None and image_latents is not None:
+            raise ValueError("pass pixel_values or image_latents, not both")
+        if pixel_values is not None:
+            return self.get_image_latents(pixel_values)
+        if image_latents is not None:
+            self._check_latents(image_latents)
+        return image_latents
+
+    def _noise_inputs(self, latents: Tensor | None) -> Tensor | None:
+        """In training, latents that the backbone reads carry noise of a random strength per image; targets stay clean."""
+        if latents is None or not self.training or self.config.input_noise == 0:
+            return latents
+        strength = torch.rand(len(latents), 1, 1, device=latents.device) * self.config.input_noise
+        return latents + strength / self.config.head_config.latent_scale * torch.randn_like(latents)
+
+    def _check_latents(self, latents: Tensor) -> None:
+        expected = (self.config.num_latents, self.config.head_config.latent_dim)
+        if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
+            raise ValueError(f"image latents have shape {tuple(latents.shape)}, expected (N, {expected[0]}, {expected[1]})")
+
+    def _check_length(self, num_new: int, past_key_values: Cache | None) -> None:
+        length = num_new + (past_key_values.get_seq_length() if past_key_values is not None else 0)
+        limit = getattr(self.config.text_config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(f"sequence of {length} positions exceeds the backbone's limit of {limit}; shorten the prompt")
+
+    # ------------------------------------------------------------------ generation
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> "generation.OrthusGenerateOutput":
+        """Continue a batch of prompts with text, an image, or both; all options are in [`generation.generate`]."""
+        return generation.generate(self, input_ids, attention_mask, **options)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 1)

@@ -1,0 +1,1 @@
+"""Training: settings -> the one fit loop -> optimisers, checkpoints and metrics."""

@@ -1,0 +1,316 @@
+"""Training checkpoints: whole folders that appear atomically, and the model folder that `from_pretrained` reads.
+
+`checkpoints/step-00000500/` holds the tensors (torch.distributed.checkpoint), one `process-*.pt` per process (random
+generators and the loader's position), `settings.yaml` and, written last, the marker `complete.json`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+from torch.optim import Optimizer
+
+from orthus.training import settings as settings_file
+from orthus.training.optim import averaged
+
+MARKER = "complete.json"
+TENSORS = "tensors"
+
+
+class Loader(Protocol):
+    """An iterable of batches that knows its position: after `load_state_dict(state)` a new iterator goes on from there.
+
+    `state_dict()` is asked between batches and must describe the next batch; plain Python values and tensors only.
+    """
+
+    def __iter__(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclasses.dataclass
+class TrainState:
+    """All that changes during a run."""
+
+    model: nn.Module
+    ema: dict[str, Tensor]
+    optimizers: list[Optimizer]
+    loader: Loader
+    step: int = 0  # optimiser steps done
+    seconds: float = 0.0  # spent training, over all restarts
+    window: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last logged step
+
+
+def rank() -> int:
+    """This process's number in the group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], settings: dict[str, Any], keep: int) -> Path:
+    """Write `checkpoints/step-*` (every process calls this), then delete all but the newest `keep`."""
+    final = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
+    temporary = final.with_name(f".{final.name}.tmp")
+    if rank() == 0:
+        for leftover in final.parent.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+    barrier()
+    with _quiet():
+        writer = FileSystemWriter(temporary / TENSORS)
+        save(_tensors(state), storage_writer=writer, no_dist=world_size() == 1)
+    _save_process_state(state, temporary)
+    barrier()
+    if rank() == 0:
+        settings_file.save(settings, temporary / "settings.yaml")
+        marker = {
+            "step": state.step,
+            "seconds": state.seconds,
+            "window": state.window,
+            "world_size": world_size(),
+            "torch": str(torch.__version__),
+        }
+        (temporary / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+        _publish(temporary, final)
+        for _, old in _finished(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    barrier()
+    return final
+
+
+def latest(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of a run, None without one. Half-written folders do not count."""
+    finished = _finished(output_dir)
+    return finished[-1][1] if finished else None
+
+
+def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
+    """Fill `state` and the random generators from a checkpoint folder.
+
+    Raises ValueError, before anything has changed, if the folder is not a complete checkpoint or does not fit the
+    model, the trainable parameters, the optimisers or the number of processes.
+    """
+    folder = Path(path)
+    if not (folder / MARKER).is_file():
+        raise ValueError(f"{folder} has no {MARKER}: it is not a complete checkpoint; resume from another one")
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if marker["world_size"] != world_size():
+        raise ValueError(
+            f"{folder} was written by {marker['world_size']} processes and this run has {world_size()}, so the "
+            "loaders' positions do not fit; start as many processes, or a new output_dir"
+        )
+    with _quiet():
+        reader = FileSystemReader(folder / TENSORS)
+        stored = reader.read_metadata().state_dict_metadata
+        slots = _optimizer_slots(state, stored, folder)
+        tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(state.model).items()}
+        tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.items()}
+        _check_tensors(tensors, {n: m for n, m in stored.items() if not n.startswith("optimizer.")}, folder)
+        tensors |= slots
+        load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+    for name, (optimizer, parameter) in _optimized(state).items():
+        owner = f"optimizer.{name}"
+        saved = {key.rpartition(".")[2]: slot for key, slot in slots.items() if key.rpartition(".")[0] == owner}
+        if saved:
+            optimizer.state[parameter] = saved
+    state.step, state.seconds, state.window = marker["step"], marker["seconds"], marker["window"]
+    _load_process_state(state, folder)
+
+
+def save_model(model: nn.Module, ema: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write the model with its averaged weights through `model.save_pretrained` (safetensors), atomically."""
+    final = Path(path)
+    temporary = final.with_name(f".{final.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    with averaged(model, ema):
+        cast(Any, model).save_pretrained(temporary)
+    _publish(temporary, final)
+
+
+# -- tensors -------------------------------------------------------------------------------------------------------
+
+
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+
+
+def _optimized(state: TrainState) -> dict[str, tuple[Optimizer, nn.Parameter]]:
+    """Name -> the optimiser that moves this parameter, and the parameter."""
+    names = {id(p): name for name, p in state.model.named_parameters()}
+    return {
+        names[id(p)]: (optimizer, p)
+        for optimizer in state.optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+
+
+def _tensors(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of the run, flat, under its parameter's name: no order of parameters or groups enters."""
+    tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(state.model).items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.items()}
+    for name, (optimizer, parameter) in _optimized(state).items():
+        for slot, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
+    return tensors
+
+
+def _optimizer_slots(state: TrainState, stored: dict[str, Any], folder: Path) -> dict[str, Tensor]:
+    """Empty tensors for the stored optimiser state, made like their parameters."""
+    wanted = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+    optimized = _optimized(state)
+    slots: dict[str, Tensor] = {}
+    for key, metadata in stored.items():
+        if not key.startswith("optimizer."):
+            continue
+        name, _, slot = key.removeprefix("optimizer.").rpartition(".")
+        optimizer, parameter = optimized.get(name, (None, None))
+        if optimizer is None or parameter is None or slot not in wanted[type(optimizer)]:
+            raise ValueError(
+                f"{folder} holds {slot!r} of {name!r}, which this run's optimiser ({type(optimizer).__name__}) does "
+                "not have; keep optim.optimizer and the frozen parts as they were, or start a new output_dir"
+            )
+        if metadata.size == parameter.shape:
+            slots[key] = torch.zeros_like(parameter.detach(), dtype=metadata.properties.dtype)
+        elif slot == "step":
+            device = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
+            slots[key] = torch.zeros((), dtype=metadata.properties.dtype, device=device)
+        else:
+            raise ValueError(_misshapen(key, metadata.size, parameter.shape, folder))
+    return slots
+
+
+def _check_tensors(tensors: dict[str, Tensor], stored: dict[str, Any], folder: Path) -> None:
+    for verb, names in (("lacks", tensors.keys() - stored.keys()), ("has unknown", stored.keys() - tensors.keys())):
+        if names:
+            shown = ", ".join(sorted(names)[:3])
+            raise ValueError(
+                f"{folder} {verb} {len(names)} tensors ({shown}{', ...' if len(names) > 3 else ''}); keep the model "
+                "and its frozen parts as they were, or start a new output_dir"
+            )
+    for name, tensor in tensors.items():
+        metadata = stored[name]
+        if not isinstance(metadata, TensorStorageMetadata) or metadata.size != tensor.shape:
+            raise ValueError(_misshapen(name, getattr(metadata, "size", ()), tensor.shape, folder))
+
+
+def _misshapen(name: str, stored: Any, wanted: Any, folder: Path) -> str:
+    return (
+        f"{folder} holds {name} of shape {tuple(stored)} and the model wants {tuple(wanted)}; "
+        "keep the model's config as it was, or start a new output_dir"
+    )
+
+
+# -- what each process keeps for itself ----------------------------------------------------------------------------
+
+
+def _save_process_state(state: TrainState, folder: Path) -> None:
+    path = folder / f"process-{rank():05d}.pt"
+    torch.save({"rng": rng_state(), "loader": state.loader.state_dict()}, path)
+    try:
+        torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"the state_dict() of {type(state.loader).__name__} cannot be read back ({error}); "
+            "build it from plain Python values and tensors"
+        ) from error
+
+
+def _load_process_state(state: TrainState, folder: Path) -> None:
+    kept = torch.load(folder / f"process-{rank():05d}.pt", weights_only=True)
+    state.loader.load_state_dict(kept["loader"])
+    set_rng_state(kept["rng"])
+
+
+def rng_state() -> dict[str, Any]:
+    """State of the generators of Python, NumPy and torch (with the current CUDA device, once CUDA is in use)."""
+    name, keys, *rest = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+    }
+
+
+def set_rng_state(kept: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned."""
+    name, keys, *rest = kept["numpy"]
+    random.setstate(kept["python"])
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(kept["torch"])
+    if kept["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(kept["cuda"])
+
+
+# -- files ---------------------------------------------------------------------------------------------------------
+
+
+def _finished(output_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
+    """(step, folder) of every complete checkpoint, oldest first."""
+    found = []
+    for folder in (Path(output_dir) / "checkpoints").glob("step-*"):
+        match = re.fullmatch(r"step-(\d{8,})", folder.name)
+        if match and (folder / MARKER).is_file():
+            found.append((int(match[1]), folder))
+    return sorted(found)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    """Flush a finished folder to the disk and give it its name; a folder of that name is replaced."""
+    for path in (*temporary.rglob("*"), temporary):
+        _fsync(path)
+    if final.exists():
+        replaced = final.with_name(f".{final.name}.old")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.rename(final, replaced)
+        os.rename(temporary, final)
+        shutil.rmtree(replaced)
+    else:
+        os.rename(temporary, final)
+    _fsync(final.parent)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the notice that torch.distributed.checkpoint works in a single process, which is the usual case here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield

@@ -1,0 +1,21 @@
+"""Joining the process group that torchrun describes in the environment."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined() -> Iterator[tuple[int, int]]:
+    """(rank, world size) for the duration of the block; one process without torchrun is (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        dist.destroy_process_group()

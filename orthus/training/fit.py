@@ -1,0 +1,316 @@
+"""The one training loop, for the autoencoder, the base model and post-training.
+
+The loss of an optimiser step is  sum over terms k of  weight_k * (sum of term k) / (number of its targets),  with both
+taken over every batch of the step in every process: accumulation and data parallelism cannot change it.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from orthus.training.checkpoint import (
+    Loader,
+    TrainState,
+    barrier,
+    latest,
+    load_checkpoint,
+    rank,
+    rng_state,
+    save_checkpoint,
+    save_model,
+    set_rng_state,
+    world_size,
+)
+from orthus.training.metrics import MetricsLog
+from orthus.training.optim import averaged, build_optimizers, lr_factor, set_lr, start_ema, update_ema
+from orthus.training.settings import OptimSettings, RunSettings, differences, read, to_dict
+
+Batch = dict[str, Any]
+EXIT_TERMINATED = 128 + signal.SIGTERM
+
+
+class Trainable(Protocol):
+    """What `fit` asks of a model besides being an `nn.Module`."""
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Weight of each loss term; its keys are the terms."""
+        ...
+
+    def count_targets(self, batch: Batch) -> dict[str, int]:
+        """Number of targets of each loss term in a batch, known before the forward."""
+        ...
+
+    def save_pretrained(self, save_directory: Path) -> Any: ...
+
+    def __call__(self, **batch: Any) -> Any:
+        """An output with `loss_sums` and `loss_counts`: per term, the sum over all targets and their number."""
+        ...
+
+
+def fit(
+    model: nn.Module,
+    loader: Loader,
+    run: RunSettings,
+    optim: OptimSettings,
+    *,
+    on_sample: Callable[[nn.Module, int], None] | None = None,
+) -> None:
+    """Train until `run.num_steps`, then write the averaged weights to `output_dir/final`.
+
+    The same call again resumes from the newest checkpoint of `output_dir`. SIGTERM writes a checkpoint and raises
+    SystemExit(143). `on_sample(model, step)` gets the averaged weights every `sample_every` steps in the first process;
+    what it draws does not touch the run's random generators.
+    Raises FloatingPointError at a loss or gradient that is not finite, with the batches saved beside the checkpoints.
+    """
+    settings = {"run": to_dict(run), "optim": to_dict(optim)}
+    state = _start(model, loader, run, optim)
+    final = Path(run.output_dir) / "final"
+    if state.step >= run.num_steps and final.is_dir():
+        _say(f"{run.output_dir} is complete at step {state.step}; raise run.num_steps or choose another output_dir")
+        return
+    log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=state.step) if rank() == 0 else None
+    batches = _endless(loader)
+    is_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=run.num_steps, initial=state.step, disable=rank() > 0, unit="step", mininterval=0.5 if is_terminal else 30
+    )
+    with _sigterm() as terminated, bar:
+        while state.step < run.num_steps:
+            started = time.perf_counter()
+            record = train_step(state, [next(batches) for _ in range(run.accumulate)], run, optim)
+            state.seconds += time.perf_counter() - started
+            _report(state, record, run, log, bar)
+            if on_sample is not None and run.sample_every and state.step % run.sample_every == 0:
+                _sample(state, on_sample)
+            stop = _any_process(terminated.is_set())
+            if stop or state.step % run.save_every == 0 or state.step == run.num_steps:
+                save_checkpoint(state, run.output_dir, settings, run.keep_checkpoints)
+            if stop and state.step < run.num_steps:
+                _say(f"terminated: saved step {state.step} of {run.num_steps}; the same command resumes")
+                raise SystemExit(EXIT_TERMINATED)
+    if rank() == 0:
+        save_model(model, state.ema, final)
+    barrier()
+
+
+def train_step(state: TrainState, batches: list[Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
+    """One optimiser step on `batches`; returns the global sums `sum/*`, `count/*`, `items`, and `grad_norm`."""
+    model, device = state.model, torch.device(run.device)
+    weights = cast(Trainable, model).loss_weights
+    counts = _global_counts(cast(Trainable, model), batches)
+    totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
+    for batch in batches:
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
+            output = model(**_to_device(batch, device))
+        terms = [weights[k] / counts[k] * output.loss_sums[k] for k in weights if counts[k] and k in output.loss_sums]
+        loss = cast(Tensor, sum(terms))
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.backward()
+        totals += _totals(output, weights, batch, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if world_size() > 1:
+        _sum_gradients(parameters)
+        dist.all_reduce(totals)
+    grad_norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+    record = _record(weights, counts, [*totals.tolist(), float(grad_norm)])
+    if not all(math.isfinite(value) for value in record.values()):
+        _refuse(state, batches, record, run)
+    set_lr(state.optimizers, lr_factor(state.step, run.num_steps, optim))
+    for optimizer in state.optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+    update_ema(state.ema, model, run.ema_decay, state.step)
+    state.step += 1
+    return record
+
+
+# -- the parts of a step -------------------------------------------------------------------------------------------
+
+
+def _global_counts(model: Trainable, batches: list[Batch]) -> dict[str, int]:
+    """Targets of each loss term in the whole step, over all processes. Raises ValueError if there is none at all."""
+    per_batch = [model.count_targets(batch) for batch in batches]
+    names = list(model.loss_weights)
+    unknown = {name for counts in per_batch for name in counts} - set(names)
+    if unknown:
+        raise ValueError(f"count_targets names {sorted(unknown)}, but loss_weights has {names}; give each a weight")
+    counts = torch.tensor([sum(int(c.get(name, 0)) for c in per_batch) for name in names], dtype=torch.int64)
+    if world_size() > 1:
+        counts = counts.to(_group_device())
+        dist.all_reduce(counts)
+    if not counts.any():
+        raise ValueError(f"no batch of the step has a target for any of {names}; check the labels of the loader")
+    return dict(zip(names, counts.tolist(), strict=True))
+
+
+def _totals(output: Any, weights: dict[str, float], batch: Batch, device: torch.device) -> Tensor:
+    """Loss sums, loss counts and items (tokens, or images without tokens) of one batch, in the order of `weights`."""
+    zero = torch.zeros((), dtype=torch.float64, device=device)
+    sums = [output.loss_sums.get(k, zero) for k in weights]
+    counts = [output.loss_counts.get(k, zero) for k in weights]
+    values = [*sums, *counts, _num_items(batch)]
+    return torch.stack([torch.as_tensor(v, device=device).detach().to(torch.float64) for v in values])
+
+
+def _num_items(batch: Batch) -> int:
+    if "input_ids" in batch:
+        return int(batch["input_ids"].numel())
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+
+
+def _record(weights: dict[str, float], counts: dict[str, int], totals: list[float]) -> dict[str, float]:
+    num_terms = len(weights)
+    for name, counted in zip(weights, totals[num_terms : 2 * num_terms], strict=True):
+        if math.isfinite(counted) and counted != counts[name]:
+            raise ValueError(
+                f"loss {name!r}: count_targets promised {counts[name]} targets and the forward counted {counted:g}; "
+                "make the model's two counts agree"
+            )
+    record = {f"sum/{name}": total for name, total in zip(weights, totals, strict=False)}
+    record |= {f"count/{name}": float(counts[name]) for name in weights}
+    return record | {"items": totals[-2], "grad_norm": totals[-1]}
+
+
+def _sum_gradients(parameters: list[nn.Parameter]) -> None:
+    """Sum the gradients over all processes; a parameter without a gradient in every process keeps none."""
+    device = _group_device()
+    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    dist.all_reduce(has_gradient)
+    used = [p for p, has in zip(parameters, has_gradient.tolist(), strict=True) if has]
+    if not used:
+        return
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in used])
+    dist.all_reduce(flat)
+    for p, summed in zip(used, flat.split([p.numel() for p in used]), strict=True):
+        p.grad = summed.view_as(p).to(p.dtype)
+
+
+def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], run: RunSettings) -> None:
+    path = Path(run.output_dir) / f"not-finite-step-{state.step + 1}-process-{rank()}.pt"
+    torch.save(batches, path)
+    values = ", ".join(f"{name} {value:g}" for name, value in record.items() if not name.startswith("count/"))
+    raise FloatingPointError(
+        f"step {state.step + 1} is not finite ({values}); its batches are in {path}. "
+        "Look at them, lower optim.peak_lr, or resume from the last checkpoint with another run.seed"
+    )
+
+
+# -- around the steps ----------------------------------------------------------------------------------------------
+
+
+def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings) -> TrainState:
+    """A state at step 0, or at the newest checkpoint; every process has the weights of the first."""
+    if run.num_threads is not None:
+        torch.set_num_threads(run.num_threads)
+    Path(run.output_dir).mkdir(parents=True, exist_ok=True)
+    random.seed(run.seed + rank())
+    np.random.seed((run.seed + rank()) % 2**32)
+    torch.manual_seed(run.seed + rank())
+    model.to(run.device).train()
+    if world_size() > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            dist.broadcast(tensor.detach(), src=0)
+    state = TrainState(model, start_ema(model), build_optimizers(model, optim), loader)
+    newest = latest(run.output_dir)
+    if newest is not None:
+        load_checkpoint(state, newest)
+        changed = differences(read(newest / "settings.yaml"), {"run": to_dict(run), "optim": to_dict(optim)})
+        _say(f"resumed from {newest}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
+    return state
+
+
+def _endless(loader: Loader) -> Iterator[Batch]:
+    while True:
+        is_empty = True
+        for batch in loader:
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ValueError(f"{type(loader).__name__} yields no batch; check its data set and batch size")
+
+
+def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: MetricsLog | None, bar: Any) -> None:
+    """Add a step to the window and, every `log_every` steps, write the window's means."""
+    bar.update(1)
+    window = state.window
+    for name, value in record.items():
+        window[name] = value if name == "grad_norm" else window.get(name, 0.0) + value
+    if state.step % run.log_every and state.step != run.num_steps:
+        return
+    weights = cast(Trainable, state.model).loss_weights
+    means = {k: window[f"sum/{k}"] / window[f"count/{k}"] for k in weights if window[f"count/{k}"]}
+    seconds = state.seconds - window.get("since", 0.0)
+    metrics = {
+        "step": state.step,
+        "loss": sum(weights[k] * mean for k, mean in means.items()),
+        **{f"loss/{k}": mean for k, mean in means.items()},
+        "lr": state.optimizers[-1].param_groups[0]["lr"],
+        "grad_norm": window["grad_norm"],
+        "items_per_second": window["items"] / max(seconds, 1e-9),
+        "seconds": state.seconds,
+    }
+    state.window = {"since": state.seconds}
+    if log is not None:
+        log.write(metrics)
+        shown = {"loss": metrics["loss"], **means}
+        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+
+def _sample(state: TrainState, on_sample: Callable[[nn.Module, int], None]) -> None:
+    if rank() == 0:
+        kept = rng_state()
+        with averaged(state.model, state.ema) as model, torch.no_grad():
+            on_sample(model, state.step)
+        set_rng_state(kept)
+    barrier()
+
+
+@contextmanager
+def _sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets (handlers exist in the main thread only)."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _any_process(flag: bool) -> bool:
+    if world_size() == 1:
+        return flag
+    total = torch.tensor(float(flag), device=_group_device())
+    dist.all_reduce(total)
+    return bool(total.item())
+
+
+def _group_device() -> torch.device:
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _say(message: str) -> None:
+    if rank() == 0:
+        tqdm.write(message, file=sys.stderr)

@@ -1,0 +1,125 @@
+"""Optimisers, learning-rate schedule and the moving average of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from orthus.training.settings import OptimSettings
+
+HEAD_MATRIX_MAX_ASPECT = 2  # of the diffusion head Muon takes the MLPs, not the three times taller adaLN matrices
+
+
+def build_optimizers(model: nn.Module, settings: OptimSettings) -> list[Optimizer]:
+    """Optimisers over the trainable parameters: AdamW, or Muon for the hidden matrices and AdamW for the rest.
+
+    Weight decay applies to the weights of linear and convolution layers only: never to biases, norms, embeddings or
+    the codebook. Each parameter group carries its `peak_lr`.
+    Raises ValueError if nothing is trainable, or if Muon is asked for and no matrix suits it.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no trainable parameter; unfreeze a part before training")
+    decayed = _decayed_names(model) & trainable.keys()
+    muon_names = _muon_names(model) & decayed if settings.optimizer == "muon" else set()
+    if settings.optimizer == "muon" and not muon_names:
+        raise ValueError(
+            f"optim.optimizer is 'muon', but {type(model).__name__} has no trainable matrix in the layers of "
+            "`backbone` or `diffusion_head`; use optim.optimizer=adamw"
+        )
+    optimizers: list[Optimizer] = []
+    if muon_names:
+        matrices = [p for name, p in trainable.items() if name in muon_names]
+        muon_group = {"params": matrices, "peak_lr": settings.muon_lr}
+        optimizers.append(
+            torch.optim.Muon(
+                [muon_group], lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="original"
+            )
+        )
+    groups = []
+    for names, weight_decay in ((decayed - muon_names, settings.weight_decay), (trainable.keys() - decayed, 0.0)):
+        parameters = [p for name, p in trainable.items() if name in names]
+        if parameters:
+            groups.append({"params": parameters, "weight_decay": weight_decay, "peak_lr": settings.peak_lr})
+    if groups:
+        fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
+        optimizers.append(torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, fused=fused))
+    return optimizers
+
+
+def _decayed_names(model: nn.Module) -> set[str]:
+    """Weights of linear and convolution layers that are not shared with an embedding table (tied heads)."""
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    weights = {
+        id(module.weight)
+        for module in model.modules()
+        if isinstance(module, (nn.Linear, _ConvNd)) and id(module.weight) not in tables
+    }
+    return {name for name, p in model.named_parameters() if id(p) in weights and p.ndim >= 2}
+
+
+def _muon_names(model: nn.Module) -> set[str]:
+    """Linear weights inside the repeated layers of `backbone`, and near-square ones in those of `diffusion_head`."""
+    children = dict(model.named_children())
+    chosen: set[int] = set()
+    for child, max_aspect in (("backbone", float("inf")), ("diffusion_head", HEAD_MATRIX_MAX_ASPECT)):
+        if child not in children:
+            continue
+        layers = [module for module in children[child].modules() if isinstance(module, nn.ModuleList)]
+        for module in (inner for layer in layers for inner in layer.modules()):
+            if isinstance(module, nn.Linear) and max(module.weight.shape) <= max_aspect * min(module.weight.shape):
+                chosen.add(id(module.weight))
+    return {name for name, p in model.named_parameters() if id(p) in chosen}
+
+
+def lr_factor(step: int, num_steps: int, settings: OptimSettings) -> float:
+    """Factor on every group's `peak_lr` for optimiser step `step` (from 0): linear warm-up, constant, linear decay."""
+    warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+    decay_steps = max(1.0, settings.decay_fraction * num_steps)
+    remaining = min(1.0, max(0, num_steps - step) / decay_steps)
+    return warmup * (settings.final_lr_fraction + (1 - settings.final_lr_fraction) * remaining)
+
+
+def set_lr(optimizers: list[Optimizer], factor: float) -> None:
+    """Set every group's rate to its peak times `factor`."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def start_ema(model: nn.Module) -> dict[str, Tensor]:
+    """The moving average of the trainable parameters, by name, starting at their present values."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int) -> None:
+    """Move `ema` towards the weights after step `step` (from 0); early steps forget faster, as (1 + t) / (10 + t)."""
+    parameters = dict(model.named_parameters())
+    average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
+    average(list(ema.values()), [parameters[name].detach() for name in ema], None)
+
+
+@contextmanager
+def averaged(model: nn.Module, ema: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """The model with the averaged weights in eval mode; the training weights and mode come back bit for bit."""
+    parameters = {name: p for name, p in model.named_parameters() if name in ema}
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    modes = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(ema[name])
+    model.eval()
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(kept[name])
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,110 @@
+"""Base training and post-training of Orthus: the same stage, with a new model or with an earlier one."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from PIL import Image
+from torch import nn
+
+from orthus.building import freeze
+from orthus.data.dropping import ConditionDropping
+from orthus.data.packing import PackedLoader
+from orthus.data.schema import Turn
+from orthus.data.world.dataset import WorldDataset
+from orthus.data.world.language import CaptionMix
+from orthus.data.world.scene import WorldConfig
+from orthus.modeling import OrthusForConditionalGeneration
+from orthus.processing import OrthusProcessor
+from orthus.training.distributed import joined
+from orthus.training.fit import fit
+from orthus.training.settings import OptimSettings, RunSettings
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """`tasks`: mixing weights by task. `drop`: share of examples, by task, whose condition is dropped for guidance."""
+
+    tasks: dict[str, float]
+    drop: dict[str, float] = field(default_factory=dict)
+    captions: CaptionMix = CaptionMix()
+    world: WorldConfig = WorldConfig()
+    rows_per_batch: int = 32
+    row_length: int = 128
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """Pictures drawn every `run.sample_every` steps, one per prompt."""
+
+    prompts: tuple[str, ...] = ("a photo of a red circle", "a photo of three blue stars", "a photo of a heart above a square")
+    guidance: float = 3.0
+    num_diffusion_steps: int = 20
+
+
+def run_stage(
+    model: OrthusForConditionalGeneration,
+    processor: OrthusProcessor,
+    data: DataSettings,
+    run: RunSettings,
+    optim: OptimSettings,
+    frozen: tuple[str, ...],
+    samples: SampleSettings,
+) -> None:
+    """Train and leave model and processor in `run.output_dir/final`. The autoencoder is always frozen."""
+    freeze(model, ("autoencoder", *frozen))
+    model.autoencoder.eval()
+    with joined() as (rank, world_size):
+        dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions)
+        dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
+        loader = PackedLoader(
+            dropping, processor, data.rows_per_batch, data.row_length, rank=rank, world_size=world_size, seed=run.seed
+        )
+        fit(model, loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)))
+        if rank == 0:
+            processor.save_pretrained(Path(run.output_dir) / "final")
+
+
+def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Path) -> Callable[[nn.Module, int], None]:
+    """A function that draws the prompts with the model of a given step into `output_dir/samples/step-*.png`."""
+
+    def draw(model: nn.Module, step: int) -> None:
+        orthus = cast(OrthusForConditionalGeneration, model)
+        turns = [[Turn("user", (prompt,))] for prompt in samples.prompts]
+        inputs = processor(turns=turns)
+        negative: dict[str, Any] = {}
+        if samples.guidance != 1.0:
+            uncond = processor.unconditional(turns)
+            negative = {"negative_input_ids": uncond["input_ids"], "negative_attention_mask": uncond["attention_mask"]}
+        was_training = orthus.training
+        orthus.eval()
+        output = orthus.generate(
+            **inputs,
+            **negative,
+            modality="image",
+            guidance=samples.guidance,
+            num_diffusion_steps=samples.num_diffusion_steps,
+            generator=torch.Generator().manual_seed(0),
+        )
+        orthus.train(was_training)
+        pictures = [segment for row in processor.decode_segments(output) for segment in row if isinstance(segment, Image.Image)]
+        folder = output_dir / "samples"
+        folder.mkdir(parents=True, exist_ok=True)
+        grid(pictures).save(folder / f"step-{step:08d}.png")
+
+    return draw
+
+
+def grid(pictures: list[Image.Image], scale: int = 2) -> Image.Image:
+    """Pictures of one size side by side in a near-square sheet, enlarged without smoothing."""
+    columns = math.ceil(math.sqrt(len(pictures)))
+    width, height = pictures[0].width * scale, pictures[0].height * scale
+    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(pictures) / columns) * (height + 4)), "white")
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(enlarged, (column * (width + 4), row * (height + 4)))
+    return sheet

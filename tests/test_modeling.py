@@ -1,0 +1,129 @@
+"""The model: losses as sums and counts, what feeds which head, packing, saving, and refusals."""
+
+import pytest
+import torch
+from conftest import tiny_config, tiny_model
+
+from orthus.configuration import OrthusConfig
+from orthus.modeling import OrthusForConditionalGeneration
+
+BOI, EOI, SEP, IMG = 4, 5, 6, 7
+IMAGE = [BOI, IMG, IMG, IMG, IMG, EOI]
+DRAW = [0, 10, 11, SEP, *IMAGE, SEP]  # text -> picture
+READ = [0, *IMAGE, 12, SEP, 13, 14, SEP]  # picture, question -> answer
+
+
+def labels_of(ids: list[int], start: int) -> list[int]:
+    return [-100 if i < start or token == EOI else token for i, token in enumerate(ids)]
+
+
+def packed_and_padded() -> tuple[dict, dict]:
+    """The same two examples in one row (positions restart) and in two left-padded rows."""
+    latents = torch.randn(2, 4, 3)
+    labels = [labels_of(DRAW, 4), labels_of(READ, 9)]
+    rows, width = [DRAW, READ], max(len(DRAW), len(READ))
+    pads = [width - len(row) for row in rows]
+    padded = {
+        "input_ids": torch.tensor([[1] * pad + row for pad, row in zip(pads, rows, strict=True)]),
+        "attention_mask": torch.tensor([[0] * pad + [1] * len(row) for pad, row in zip(pads, rows, strict=True)]),
+        "labels": torch.tensor([[-100] * pad + row for pad, row in zip(pads, labels, strict=True)]),
+        "image_latents": latents,
+    }
+    packed = {
+        "input_ids": torch.tensor([DRAW + READ]),
+        "position_ids": torch.tensor([[*range(len(DRAW)), *range(len(READ))]]),
+        "labels": torch.tensor([labels[0] + labels[1]]),
+        "image_latents": latents,
+    }
+    return packed, padded
+
+
+@pytest.mark.parametrize("objective", ["v_prediction", "flow_matching"])
+@pytest.mark.parametrize("embedding", ["softmax", "argmin", "linear"])
+def test_losses_have_counts_and_gradients(objective: str, embedding: str) -> None:
+    model = tiny_model(latent_embedding=embedding, use_latent_positions=True, head={"objective": objective})
+    packed, _ = packed_and_padded()
+    output = model(**packed)
+    assert output.loss_counts == {"text": 2 + 3, "image": 4} == model.count_targets(packed)
+    expected = output.text_loss + model.config.image_loss_weight * output.image_loss
+    torch.testing.assert_close(output.loss, expected)
+    torch.testing.assert_close(output.image_loss, output.loss_sums["image"] / 4)
+    output.loss.backward()
+    for part in ("backbone", "lm_head", "diffusion_head", "latent_embedding"):
+        grads = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
+        assert embedding == "argmin" and part == "latent_embedding" or any(g.abs().sum() > 0 for g in grads), part
+
+
+def test_packed_equals_padded(model: OrthusForConditionalGeneration) -> None:
+    packed, padded = packed_and_padded()
+    draws = {"timesteps": torch.randint(0, 1000, (4,)), "noise": torch.randn(4, 3)}
+    one, two = model(**packed, **draws), model(**padded, **draws)
+    torch.testing.assert_close(one.text_loss, two.text_loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(one.image_loss, two.image_loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_latent_is_predicted_by_the_position_before_it(model: OrthusForConditionalGeneration) -> None:
+    packed, _ = packed_and_padded()
+    draws = {"timesteps": torch.randint(0, 1000, (4,)), "noise": torch.randn(4, 3)}
+    output = model(**packed, **draws)
+    start = packed["input_ids"][0].tolist().index(BOI)
+    cond = output.last_hidden_state[0, start : start + 4]
+    expected = model.diffusion_head.loss(cond, packed["image_latents"][0], **draws)
+    torch.testing.assert_close(output.image_loss, expected)
+
+
+def test_soft_vq_limits() -> None:
+    latents = torch.randn(2, 4, 3)
+    cold, hard = tiny_model(soft_vq_temperature=1e-6), tiny_model(latent_embedding="argmin")
+    hard.load_state_dict(cold.state_dict())
+    torch.testing.assert_close(cold.embed_image_latents(latents), hard.embed_image_latents(latents))
+    soft = tiny_model()
+    codebook, table = soft.latent_embedding.codebook, soft.code_embeddings()
+    expected = torch.softmax(-torch.cdist(latents.flatten(0, 1), codebook) ** 2, -1) @ table
+    torch.testing.assert_close(soft.embed_image_latents(latents).flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
+
+
+def test_save_and_load_is_exact(model: OrthusForConditionalGeneration, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded, report = OrthusForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for (name, a), (_, b) in zip(model.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_cods": 3}, "num_codes"),
+        ({"latent_embedding": "softmaks"}, "softmax"),
+        ({"soft_vq_temperature": 0.0}, "soft_vq_temperature"),
+        ({"code_offset": 60}, "num_codes"),
+        ({"head": {"objective": "v_predictoin"}}, "v_prediction"),
+        ({"head": {"latent_dim": 5}}, "latent_dim=3"),
+        ({"head": {"widht": 5}}, "width"),
+        ({"text_config": {"model_type": "lama"}}, "lama"),
+    ],
+)
+def test_config_errors_name_the_value_and_the_remedy(change: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        tiny_config(**change)
+
+
+def test_input_errors(model: OrthusForConditionalGeneration) -> None:
+    ids = torch.tensor([DRAW])
+    with pytest.raises(ValueError, match="1 images of 4.*0 images"):
+        model(ids)
+    with pytest.raises(ValueError, match=r"\(1, 4, 5\), expected \(N, 4, 3\)"):
+        model(ids, image_latents=torch.zeros(1, 4, 5))
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 8, 8\)"):
+        model(ids, pixel_values=torch.zeros(1, 3, 9, 9))
+    with pytest.raises(ValueError, match="limit of 96"):
+        model(torch.full((1, 97), 10))
+    with pytest.raises(ValueError, match="not both"):
+        model(ids, pixel_values=torch.zeros(1, 3, 8, 8), image_latents=torch.zeros(1, 4, 3))
+
+
+def test_config_round_trip(tmp_path) -> None:
+    config = tiny_config(use_latent_positions=True, head={"objective": "flow_matching", "latent_scale": 0.5})
+    config.save_pretrained(tmp_path)
+    assert OrthusConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()

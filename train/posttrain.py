@@ -1,0 +1,33 @@
+"""Post-training of an earlier model: `python -m train.posttrain configs/small/posttrain.yaml [key=value ...]`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from orthus.modeling import OrthusForConditionalGeneration
+from orthus.processing import OrthusProcessor
+from orthus.training.settings import OptimSettings, RunSettings, load_settings
+from orthus.training.stages import DataSettings, SampleSettings, run_stage
+
+
+@dataclass(frozen=True)
+class PostStage:
+    """`model`: folder of the model to start from."""
+
+    run: RunSettings
+    data: DataSettings
+    model: str
+    optim: OptimSettings = OptimSettings()
+    samples: SampleSettings = SampleSettings()
+    frozen: tuple[str, ...] = ()
+
+
+def main(argv: Sequence[str]) -> None:
+    stage = load_settings(PostStage, argv[0], argv[1:])
+    model = OrthusForConditionalGeneration.from_pretrained(stage.model)
+    processor = OrthusProcessor.from_pretrained(stage.model)
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

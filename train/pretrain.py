@@ -1,0 +1,73 @@
+"""Base training of a new model: `python -m train.pretrain configs/small/base.yaml [key=value ...]`."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from orthus.autoencoder import PatchAutoencoder
+from orthus.building import build_orthus
+from orthus.data.pictures import PictureLoader
+from orthus.data.schema import Example
+from orthus.data.world.dataset import WorldDataset
+from orthus.processing import OrthusProcessor, build_processor
+from orthus.training.settings import OptimSettings, RunSettings, load_settings
+from orthus.training.stages import DataSettings, SampleSettings, run_stage
+
+CODEBOOK_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class BaseStage:
+    """`backbone`, `head`, `options`: see [`build_orthus`]. The tokenizer learns from the first `tokenizer_examples` examples."""
+
+    run: RunSettings
+    data: DataSettings
+    autoencoder: str
+    backbone: dict[str, Any]
+    head: dict[str, Any]
+    options: dict[str, Any]
+    optim: OptimSettings = OptimSettings()
+    samples: SampleSettings = SampleSettings()
+    frozen: tuple[str, ...] = ()
+    tokenizer_vocab_size: int = 512
+    tokenizer_examples: int = 3000
+    tokenizer_tasks: dict[str, float] = field(default_factory=dict)
+    unconditional_prompt: str = "Generate an image."
+
+
+def main(argv: Sequence[str]) -> None:
+    stage = load_settings(BaseStage, argv[0], argv[1:])
+    torch.manual_seed(stage.run.seed)
+    autoencoder = PatchAutoencoder.from_pretrained(stage.autoencoder)
+    processor = make_processor(stage, autoencoder)
+    pictures = PictureLoader(stage.data.world, processor.image_processor, batch_size=64, num_objects=5)
+    latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
+    model = build_orthus(autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
+
+
+def make_processor(stage: BaseStage, autoencoder: PatchAutoencoder) -> OrthusProcessor:
+    """A processor whose tokenizer has seen the words of every task of the recipe, later stages included."""
+    tasks = stage.tokenizer_tasks or stage.data.tasks
+    dataset = WorldDataset("train", tasks, stage.data.world, captions=stage.data.captions)
+    corpus = [text for index in range(stage.tokenizer_examples) for text in texts(dataset[index])]
+    return build_processor(
+        [*corpus, stage.unconditional_prompt],
+        stage.tokenizer_vocab_size,
+        autoencoder.config.image_size,
+        autoencoder.config.num_latents,
+        stage.unconditional_prompt,
+    )
+
+
+def texts(example: Example) -> list[str]:
+    """All that is said in an example."""
+    return [segment for turn in example.turns for segment in turn.segments if isinstance(segment, str)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
