@@ -183,13 +183,13 @@ def _crop(mask: Array, x: int = 0, y: int = 0) -> _Blob:
 def _explain(blob: _Blob, scale: float, depth: int) -> list[tuple[Fit, _Blob]] | None:
     """Templates that together explain a blob, cutting it where objects of one colour touch; None when they cannot."""
     height, width = blob.mask.shape
-    if min(height, width) < 7 * scale:
+    if min(height, width) < 8 * scale:
         return None
-    if max(height, width) <= 23 * scale:
-        found = fit(blob.mask, MIN_SCORE)
+    if max(height, width) <= 24 * scale:
+        found = fit(blob.mask)
         if found.score >= MIN_SCORE:
             return [(found, blob)]
-    if depth == 0 or max(height, width) < 15 * scale:
+    if depth == 0 or max(height, width) < 20 * scale:
         return None
     best: list[tuple[Fit, _Blob]] | None = None
     for side in _cuts(blob.mask, scale):

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
@@ -12,8 +13,9 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
-from orthus import generation
+from orthus import generation, loading
 from orthus.configuration import OrthusConfig
+from orthus.conversion import IGNORED_KEYS, PUBLISHED_KEY_MAPPING
 from orthus.diffusion_head import DiffusionHead
 from orthus.soft_vq import LatentEmbedding
 
@@ -56,6 +58,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     _supports_attention_backend = True
     _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}
     _no_split_modules = ["DiffusionHead"]
+    _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
 
     def __init__(self, config: OrthusConfig) -> None:
         super().__init__(config)
@@ -77,6 +80,34 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             module.reset_parameters(std)
         elif module is self.lm_head:
             init.normal_(module.weight, std=std)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str, *args: Any, allow_missing: bool = False, **options: Any
+    ) -> Any:
+        """Load our layout or the published one (`model_type: chameleon`), from a folder or a hub name, safetensors only.
+
+        Options are those of `PreTrainedModel.from_pretrained`. Raises ValueError for missing or misshaped tensors, a damaged
+        file, or pickles; `allow_missing=True` starts missing tensors from random values (Chameleon as a base).
+        """
+        path = str(pretrained_model_name_or_path)
+        wants_report = options.pop("output_loading_info", False)
+        if options.get("config") is None and (config := loading.resolve_config(path, options)) is not None:
+            options["config"] = config
+        loading.refuse_pickles(path, options.get("subfolder", ""))
+        accept_misshaped = options.pop("ignore_mismatched_sizes", False)
+        options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
+        try:
+            model, report = super().from_pretrained(
+                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        except SafetensorError as error:
+            raise loading.damaged(error, path) from error
+        if not accept_misshaped:
+            loading.check_shapes(path, report)
+        if not allow_missing:
+            loading.check_complete(path, report)
+        return (model, report) if wants_report else model
 
     # ------------------------------------------------------------------ latents in and out
 

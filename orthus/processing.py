@@ -7,7 +7,7 @@ image placeholders, end-of-image.
 import functools
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,13 @@ from transformers.processing_utils import ProcessorMixin
 
 from orthus.data.schema import Segment, Turn
 from orthus.image_processing import OrthusImageProcessor
-from orthus.prompts import as_batch, as_rows, interleave, message_turn, user_turn
+from orthus.prompts import as_batch, as_rows, chat_turns, interleave, user_turn
 from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOKEN, build_tokenizer
 
 __all__ = ["OrthusProcessor", "Rendered", "build_processor", "build_tokenizer"]
 
 IGNORE_INDEX = -100
-CACHED_TEXTS = 1 << 17
+CACHED_TEXTS = 1 << 15
 logger = logging.getLogger(__name__)
 
 
@@ -69,6 +69,8 @@ class OrthusProcessor(ProcessorMixin):
         unconditional_prompt: str = "Generate an image.",
     ) -> None:
         super().__init__(image_processor, tokenizer)
+        if not isinstance(image_processor, OrthusImageProcessor):
+            raise ValueError(f"image_processor is a {type(image_processor).__name__}; pass an OrthusImageProcessor")
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"num_image_tokens = {num_image_tokens!r}; pass the latents per image, e.g. 1024")
         tokenizer.padding_side = "left"
@@ -81,10 +83,10 @@ class OrthusProcessor(ProcessorMixin):
         self.separator_token_id = _token_id(tokenizer, separator_token, "separator_token")
         self.bos_token_id = _token_id(tokenizer, tokenizer.bos_token or "<s>", "bos_token")
         self.pad_token_id = _token_id(tokenizer, tokenizer.pad_token or "<pad>", "pad_token")
-        self._control_ids = frozenset(tokenizer.all_special_ids) | frozenset(tokenizer.added_tokens_decoder) | {
-            self.image_token_id, self.boi_token_id, self.eoi_token_id, self.separator_token_id,
-            self.bos_token_id, self.pad_token_id,
-        }  # fmt: skip
+        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        named = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.separator_token_id}
+        named |= {self.bos_token_id, self.pad_token_id, *tokenizer.all_special_ids}
+        self._control_ids = frozenset(added | named)
         self._image_ids = [self.boi_token_id, *[self.image_token_id] * num_image_tokens, self.eoi_token_id]
         self._image_labels = [*self._image_ids[:-1], IGNORE_INDEX]  # end-of-image is forced, never learned
 
@@ -104,6 +106,8 @@ class OrthusProcessor(ProcessorMixin):
         settings = {name: saved[name] for name in _SETTINGS if name in saved} | overrides
         image_processor = OrthusImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if tokenizer.decode(_encode(tokenizer, "a b")) != "a b":  # a byte-level file read by a SentencePiece class
+            raise ValueError(f"{type(tokenizer).__name__} loses spaces; set tokenizer_class in tokenizer_config.json")
         return cls(image_processor, tokenizer, **settings)
 
     # Segments -> tensors
@@ -222,14 +226,8 @@ class OrthusProcessor(ProcessorMixin):
         """
         if not tokenize:
             raise ValueError("tokenize=False is not supported: turns are rendered to ids directly; use render(turns)")
-        if not conversation:
-            raise ValueError("empty prompt: there are no messages; pass at least one user message")
-        batch = [conversation] if isinstance(conversation[0], Mapping) else conversation
-        max_pixels = self.image_processor.max_pixels
-        rendered = [
-            self.render([message_turn(message, max_pixels) for message in row], add_generation_prompt) for row in batch
-        ]
-        features = self._batch(rendered, padding, return_tensors)
+        batch = chat_turns(conversation, self.image_processor.max_pixels)
+        features = self._batch([self.render(row, add_generation_prompt) for row in batch], padding, return_tensors)
         return features if return_dict else features["input_ids"]
 
     def unconditional(self, turns: Any, keep_images: bool = False, prompt: str | None = None) -> BatchFeature:

@@ -41,7 +41,7 @@ def interleave(text: Any, images: Any, image_token: str) -> list[list[Any]]:
 
     Raises `ValueError` unless there are as many pictures as image tokens: in all, and for nested `images` in each text.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = list(text) if isinstance(text, (list, tuple)) else [text]
     if not texts or any(not isinstance(entry, str) for entry in texts):
         raise ValueError(f"text = {text!r}; pass a string or a list of strings")
     flat = [] if images is None else flatten_images(images)
@@ -66,12 +66,26 @@ def user_turn(segments: Sequence[Any]) -> Turn:
     return _turn("user", segments)
 
 
-def message_turn(message: Mapping[str, Any], max_pixels: int) -> Turn:
-    """One chat message -> a turn; image files are read. Raises `ValueError` for unknown roles and content."""
+def chat_turns(conversation: Any, max_pixels: int) -> list[list[Turn]]:
+    """Chat messages, or a batch of such lists -> a batch of turns; image files are read.
+
+    Raises `ValueError` for unknown roles and content, and as `load_image`.
+    """
+    if not isinstance(conversation, (list, tuple)) or not conversation:
+        raise ValueError(f"empty prompt: conversation = {conversation!r}; pass a list with at least one user message")
+    batch = [conversation] if isinstance(conversation[0], Mapping) else conversation
+    return [[_message_turn(message, max_pixels) for message in row] for row in batch]
+
+
+def _message_turn(message: Any, max_pixels: int) -> Turn:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message is a {type(message).__name__}; pass {{'role': ..., 'content': ...}}")
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant"):
         raise ValueError(f"message role = {role!r}; use user or assistant (put system text into a user message)")
-    parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content or [])
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content or ()
+    if not isinstance(parts, (list, tuple)) or not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError(f"content = {content!r}; pass text or a list of {{'type': ...}} parts")
     return _turn(role, [_message_segment(part, max_pixels) for part in parts])
 
 

@@ -151,7 +151,8 @@ def command(folder: Path, num_steps: int) -> subprocess.Popen[bytes]:
         "t.fit(t.tiny_model(), t.TinyLoader(), run, t.MUON)"
     )
     tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(folder), str(num_steps)], env=environment, stderr=subprocess.DEVNULL
     )
@@ -227,6 +228,12 @@ def test_checkpoint_that_does_not_fit_says_why(tmp_path: Path) -> None:
         load_checkpoint(fresh_state(TinyModel(), MUON), newest)
     with pytest.raises(ValueError, match="not a complete checkpoint"):
         load_checkpoint(fresh_state(TinyModel()), tmp_path)
+    tensors = newest / "tensors" / ".metadata"
+    kept = tensors.read_bytes()
+    tensors.write_bytes(kept[:100])
+    with pytest.raises(ValueError, match="was written by torch .* cannot read it"):
+        load_checkpoint(fresh_state(TinyModel()), newest)
+    tensors.write_bytes(kept)
     marker = json.loads((newest / MARKER).read_text())
     (newest / MARKER).write_text(json.dumps({**marker, "world_size": 3}))
     with pytest.raises(ValueError, match="written by 3 processes and this run has 1"):

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 from safetensors.torch import save_file
@@ -43,7 +44,7 @@ class Head(nn.Module):
 class TinyModel(nn.Module):
     """Stands in for Orthus: a text term, and an image term that draws noise if `noise_scale` is not zero."""
 
-    loss_weights = {"text": 1.0, "image": 2.0}
+    loss_weights: ClassVar[dict[str, float]] = {"text": 1.0, "image": 2.0}
 
     def __init__(self, noise_scale: float = 1.0) -> None:
         super().__init__()

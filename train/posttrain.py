@@ -20,12 +20,14 @@ class PostStage:
     optim: OptimSettings = OptimSettings()
     samples: SampleSettings = SampleSettings()
     frozen: tuple[str, ...] = ()
+    attention: str = "sdpa"
 
 
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(PostStage, argv[0], argv[1:])
     model = OrthusForConditionalGeneration.from_pretrained(stage.model)
     processor = OrthusProcessor.from_pretrained(stage.model)
+    model.set_attn_implementation(stage.attention)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
 
 

@@ -33,6 +33,7 @@ class BaseStage:
     optim: OptimSettings = OptimSettings()
     samples: SampleSettings = SampleSettings()
     frozen: tuple[str, ...] = ()
+    attention: str = "sdpa"
     tokenizer_vocab_size: int = 512
     tokenizer_examples: int = 3000
     tokenizer_tasks: dict[str, float] = field(default_factory=dict)
@@ -47,6 +48,7 @@ def main(argv: Sequence[str]) -> None:
     pictures = PictureLoader(stage.data.world, processor.image_processor, batch_size=64, num_objects=5)
     latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
     model = build_orthus(autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
+    model.set_attn_implementation(stage.attention)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
 
 

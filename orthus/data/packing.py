@@ -50,7 +50,7 @@ def choose_row(lengths: list[int], row_length: int) -> list[int]:
 
 
 def shuffled(index: int, length: int, key: tuple[int, int]) -> int:
-    """Where `index` goes in a permutation of `range(length)` drawn by `key`, in constant time and memory for any length.
+    """Where `index` goes in a permutation of `range(length)` drawn by `key`, in constant time and memory.
 
     A four-round Feistel network on the next even number of bits, repeated until it lands inside.
     """

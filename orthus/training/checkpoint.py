@@ -129,7 +129,7 @@ def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
         )
     with _quiet():
         reader = FileSystemReader(folder / TENSORS)
-        stored = reader.read_metadata().state_dict_metadata
+        stored = _stored_tensors(reader, folder, marker["torch"])
         slots = _optimizer_slots(state, stored, folder)
         tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(state.model).items()}
         tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.items()}
@@ -182,6 +182,16 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
+
+
+def _stored_tensors(reader: FileSystemReader, folder: Path, written_by: str) -> dict[str, Any]:
+    try:
+        return reader.read_metadata().state_dict_metadata
+    except Exception as error:  # the list of tensors is a pickle: older torch fails on newer in many ways
+        raise ValueError(
+            f"{folder} was written by torch {written_by} and torch {torch.__version__} cannot read it ({error!r}); "
+            "resume with the torch that wrote it, or start from the weights in final/"
+        ) from error
 
 
 def _optimizer_slots(state: TrainState, stored: dict[str, Any], folder: Path) -> dict[str, Tensor]:

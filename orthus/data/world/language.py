@@ -32,18 +32,18 @@ def plural(word: str) -> str:
 
 
 def noun(shape: str, color: str | None = None) -> str:
-    """"circle" or "red circle"."""
+    """The class, with its colour if given: "red circle"."""
     return shape if color is None else f"{color} {shape}"
 
 
 def one(shape: str, color: str | None = None) -> str:
-    """"an orange circle"."""
+    """With its article: "an orange circle"."""
     words = noun(shape, color)
     return f"{article(words)} {words}"
 
 
 def several(count: int, shape: str, color: str | None = None) -> str:
-    """"one red star", "three red stars", "zero stars"."""
+    """With a number word: "one red star", "three red stars", "zero stars"."""
     words = noun(shape, color)
     return f"{NUMBERS[count]} {words if count == 1 else plural(words)}"
 
@@ -54,7 +54,7 @@ def place_words(cell: Cell) -> str:
 
 
 def listed(phrases: Sequence[str]) -> str:
-    """"a, b and c"."""
+    """Joined as in "a, b and c"."""
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
@@ -65,7 +65,7 @@ def raster_order(scene: Scene) -> list[SceneObject]:
 
 
 def placed(item: SceneObject, image_size: int) -> str:
-    """"a red circle at the upper far right"."""
+    """With colour and place: "a red circle at the upper far right"."""
     return f"{one(item.shape, item.color)} at the {place_words(cell_of(item, image_size))}"
 
 
@@ -119,7 +119,7 @@ def pair_phrase(rng: Generator, scene: Scene, colored: bool) -> str:
 
 
 def relation_phrase(rng: Generator, moved: SceneObject, relation: str, anchor: SceneObject, colored: bool) -> str:
-    """"a circle left of a square", at times "to the left of"."""
+    """Two objects and a relation: "a circle left of a square", at times "to the left of"."""
     if relation in ("left of", "right of") and rng.random() < 0.15:
         relation = f"to the {relation}"
     colors = (moved.color, anchor.color) if colored else (None, None)

@@ -15,14 +15,15 @@ from numpy.random import Generator
 
 from orthus.data.world.captions import DESCRIBE, draw_triple
 from orthus.data.world.draft import Draft, DraftTurn, Source, assistant, user
-from orthus.data.world.language import NOTHING, NUMBERS, dense_phrase, noun, one, place_words, plural, several
+from orthus.data.world.language import NOTHING, NUMBERS, dense_phrase, one, place_words, plural, several
 from orthus.data.world.sampling import CELLS, Wanted, pick, pick_weighted, retry, shuffled, try_scene
 from orthus.data.world.scene import MIRROR, RELATIONS, SHAPES, Scene, SceneObject, cell_of, relations
 from orthus.data.world.splits import colors_of, count_allowed, has_violation, pair_allowed, triple_allowed
 
 YES_NO = " Please answer yes or no."
 SUBTASKS = ("existence", "count", "position", "color")
-SWITCH_SHARES = {"position": 0.7, "color": 0.5, "existence": 0.4, "count": 0.4}
+SWITCH_SHARES = {"position": 0.7, "color": 0.5, "existence": 0.45, "count": 0.5}
+EMPTY_SHARE = 0.1
 COUNT_BASES = ((1, 0.3), (2, 0.4), (3, 0.3))
 
 
@@ -49,7 +50,7 @@ class Question:
 class TwinScene:
     """A scene and its switches.
 
-    The first two objects, a and b, can trade places ("position": `a relation b` in the base) and colours ("color"), an
+    The first two objects, a and b, can trade boxes ("position": `a relation b` in the base) and colours ("color"), an
     object of class `existence[0]` can become one of `existence[1]`, and one object of class `count` can go.
     """
 
@@ -64,7 +65,7 @@ class TwinScene:
         objects = list(self.base.objects)
         if "position" in flipped:
             a, b = objects[:2]
-            objects[:2] = [replace(a, x=b.x, y=b.y), replace(b, x=a.x, y=a.y)]
+            objects[:2] = [replace(a, x=b.x, y=b.y, size=b.size), replace(b, x=a.x, y=a.y, size=a.size)]
         if "color" in flipped:
             a, b = objects[:2]
             objects[:2] = [replace(a, color=b.color), replace(b, color=a.color)]
@@ -103,8 +104,11 @@ def _companions(source: Source, taken: list[str]) -> list[str]:
     return free
 
 
-def _existence_objects(source: Source, taken: list[str]) -> tuple[list[Wanted], tuple[str, str]]:
-    old, new = shuffled(source.rng, _companions(source, taken))[:2]
+def _existence_objects(source: Source, taken: list[str]) -> tuple[list[Wanted], tuple[str, str]] | None:
+    options = _companions(source, taken)
+    if len(options) < 2:
+        return None
+    old, new = shuffled(source.rng, options)[:2]
     shared = [color for color in colors_of(old, source.strict) if color in colors_of(new, source.strict)]
     return [Wanted(old, pick(source.rng, shared))], (old, new)
 
@@ -112,14 +116,17 @@ def _existence_objects(source: Source, taken: list[str]) -> tuple[list[Wanted], 
 def _count_objects(source: Source, taken: list[str], room: int) -> list[Wanted] | None:
     """n + 1 objects of a class, n from one to three and n + 1 at most `room`."""
     base = pick_weighted(source.rng, [(n, weight) for n, weight in COUNT_BASES if n < room])
-    shape = pick(source.rng, _companions(source, taken))
+    options = _companions(source, taken)
+    if not options:
+        return None
+    shape = pick(source.rng, options)
     if source.strict and not (count_allowed(shape, base) and count_allowed(shape, base + 1)):
         return None
     return [Wanted(shape)] * (base + 1)
 
 
-def try_twin(source: Source, switches: tuple[str, ...]) -> TwinScene | None:
-    """One attempt at a scene of which every setting of `switches` is allowed."""
+def _requirements(source: Source, switches: tuple[str, ...]) -> tuple[list[Wanted], str, tuple[str, str], str] | None:
+    """The objects that the switches need, with `relation`, `existence` and `count` of the TwinScene."""
     required: list[Wanted] = []
     relation, existence, count = "", ("", ""), ""
     if "position" in switches or "color" in switches:
@@ -128,16 +135,31 @@ def try_twin(source: Source, switches: tuple[str, ...]) -> TwinScene | None:
             return None
         required, relation = pair
     if "existence" in switches:
-        objects, existence = _existence_objects(source, [wanted.shape for wanted in required])
-        required = required + objects
+        chosen = _existence_objects(source, [wanted.shape for wanted in required])
+        if chosen is None:
+            return None
+        required, existence = required + chosen[0], chosen[1]
     if "count" in switches:
-        group = _count_objects(
-            source, [wanted.shape for wanted in required] + list(existence), source.config.max_objects - len(required)
-        )
+        taken = [wanted.shape for wanted in required] + [shape for shape in existence if shape]
+        group = _count_objects(source, taken, source.config.max_objects - len(required))
         if group is None:
             return None
         required, count = required + group, group[0].shape
-    extra = int(len(required) < source.config.max_objects and source.rng.random() < 0.3)
+    return required, relation, existence, count
+
+
+def try_twin(source: Source, switches: tuple[str, ...], num_extra: int | None = None) -> TwinScene | None:
+    """One attempt at a scene of which every setting of `switches` is allowed.
+
+    num_extra: how many objects take no part in any switch; None means one in 30 %, where there is room.
+    """
+    needed = _requirements(source, switches)
+    if needed is None:
+        return None
+    required, relation, existence, count = needed
+    extra = num_extra
+    if extra is None:
+        extra = int(len(required) < source.config.max_objects and source.rng.random() < 0.3)
     forbid = {wanted.shape for wanted in required} | set(existence)
     base = try_scene(source.rng, source.config, required, len(required) + extra, forbid, source.strict)
     if base is None:
@@ -260,11 +282,11 @@ def _relation_open(rng: Generator, scene: Scene) -> Question | None:
 
 
 def _cell_open(rng: Generator, scene: Scene) -> Question | None:
-    """What is at the upper left?; "nothing" in one of seven."""
+    """What is at the upper left?; "nothing" at times."""
     cells = {cell_of(item, scene.image_size): item for item in scene.objects}
     if len(cells) < len(scene.objects):
         return None
-    cell = pick(rng, CELLS) if rng.random() < 0.2 else pick(rng, list(cells))
+    cell = pick(rng, CELLS) if rng.random() < EMPTY_SHARE else pick(rng, list(cells))
     item = cells.get(cell)
     answer = NOTHING if item is None else one(item.shape, item.color)
     asks = {f"cell {place_words(cell)}"} | (set() if item is None else _object_facts(item))
@@ -272,11 +294,11 @@ def _cell_open(rng: Generator, scene: Scene) -> Question | None:
 
 
 OPEN = (
-    (_color_open, 0.2),
-    (_where_open, 0.3),
-    (_count_open, 0.15),
-    (_relation_open, 0.2),
-    (_cell_open, 0.15),
+    (_color_open, 0.12),
+    (_where_open, 0.25),
+    (_count_open, 0.18),
+    (_relation_open, 0.25),
+    (_cell_open, 0.2),
 )
 
 
@@ -287,6 +309,9 @@ def open_question(rng: Generator, scene: Scene) -> Question | None:
 
 def _draw_switches(rng: Generator) -> tuple[str, ...]:
     drawn = tuple(name for name, share in SWITCH_SHARES.items() if rng.random() < share)
+    if len(drawn) > 2 and "existence" in drawn and "count" in drawn:  # too crowded: few such scenes are allowed
+        dropped = pick(rng, ("existence", "count"))
+        drawn = tuple(name for name in drawn if name != dropped)
     return drawn or (pick(rng, SUBTASKS),)
 
 
@@ -299,7 +324,7 @@ def draft_vqa(source: Source) -> Draft:
     scene = twin.setting(flipped)
     questions = [pick(rng, opposites(rng, twin, name, name in flipped)) for name in switches]
     total = 3 + int(rng.random() * 3)
-    for _ in range(12):
+    for _ in range(30):
         if len(questions) >= total:
             break
         extra = open_question(rng, scene)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from math import ceil, cos, floor, pi, sin
 
 import numpy as np
@@ -34,7 +35,7 @@ Mask = NDArray[np.bool_]
 
 
 def _star(u: Field, v: Field) -> Mask:
-    """Five-pointed star, tip up, inner radius half the outer: one edge, with the angle folded into a tenth of a turn."""
+    """Five-pointed star, tip up, inner radius half the outer: one edge, the angle folded into a tenth of a turn."""
     angle = np.mod(np.arctan2(u, -v), 2 * pi / 5)
     angle = np.minimum(angle, 2 * pi / 5 - angle)
     radius = np.hypot(u, v)
@@ -43,37 +44,36 @@ def _star(u: Field, v: Field) -> Mask:
     return (along - 1) * inner_y <= across * (inner_x - 1)
 
 
-def _native(shape: str, u: Field, v: Field) -> Mask:
-    """Whether points are inside the shape, in the shape's own coordinates (v points down, all within +-1.6)."""
-    radius = np.hypot(u, v)
-    if shape == "circle":
-        return radius <= 1
-    if shape == "square":
-        return np.maximum(np.abs(u), np.abs(v)) <= 1
-    if shape == "triangle":
-        return (np.abs(u) <= (v + 1) / 2) & (v <= 1)
-    if shape == "diamond":
-        return np.abs(u) + np.abs(v) <= 1
-    if shape == "star":
-        return _star(u, v)
-    if shape == "heart":
-        return (u**2 + v**2 - 1) ** 3 + u**2 * v**3 <= 0
-    if shape == "cross":
-        return (np.minimum(np.abs(u), np.abs(v)) <= 0.3) & (np.maximum(np.abs(u), np.abs(v)) <= 1)
-    if shape == "ring":
-        return (radius <= 1) & (radius >= 0.56)
-    if shape == "moon":
-        return (radius <= 1) & (np.hypot(u - 0.55, v) >= 0.82)
-    if shape == "arrow":
-        return ((np.abs(v) <= 0.3) & (u >= -1) & (u <= 0.1)) | ((u >= 0) & (np.abs(v) <= 1 - u))
-    raise ValueError(f"shape={shape!r} cannot be drawn; use one of orthus.data.world.scene.SHAPES")
+def _arrow(u: Field, v: Field) -> Mask:
+    shaft = (np.abs(v) <= 0.3) & (u >= -1) & (u <= 0.1)
+    return shaft | ((u >= 0) & (np.abs(v) <= 1 - u))
 
 
-@lru_cache(maxsize=None)
+def _cross(u: Field, v: Field) -> Mask:
+    across, along = np.minimum(np.abs(u), np.abs(v)), np.maximum(np.abs(u), np.abs(v))
+    return (across <= 0.3) & (along <= 1)
+
+
+# Whether points are inside a shape, in the shape's own coordinates: v points down, all within +-1.6.
+INSIDE: dict[str, Callable[[Field, Field], Mask]] = {
+    "circle": lambda u, v: np.hypot(u, v) <= 1,
+    "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) <= 1,
+    "triangle": lambda u, v: (np.abs(u) <= (v + 1) / 2) & (v <= 1),
+    "diamond": lambda u, v: np.abs(u) + np.abs(v) <= 1,
+    "star": _star,
+    "heart": lambda u, v: (u**2 + v**2 - 1) ** 3 + u**2 * v**3 <= 0,
+    "cross": _cross,
+    "ring": lambda u, v: (np.hypot(u, v) <= 1) & (np.hypot(u, v) >= 0.56),
+    "moon": lambda u, v: (np.hypot(u, v) <= 1) & (np.hypot(u - 0.55, v) >= 0.82),
+    "arrow": _arrow,
+}
+
+
+@cache
 def _native_box(shape: str) -> tuple[float, float, float, float]:
     """(left, top, right, bottom) of the shape in its own coordinates, to 1/400."""
     axis = np.linspace(-1.6, 1.6, 1281)
-    inside = _native(shape, *np.meshgrid(axis, axis))
+    inside = INSIDE[shape](*np.meshgrid(axis, axis))
     columns, rows = axis[inside.any(axis=0)], axis[inside.any(axis=1)]
     return columns[0], rows[0], columns[-1], rows[-1]
 
@@ -81,18 +81,20 @@ def _native_box(shape: str) -> tuple[float, float, float, float]:
 @lru_cache(maxsize=16384)
 def _alpha(shape: str, size: float, offset_x: float, offset_y: float) -> NDArray[np.float32]:
     """Coverage (h, w, 1) of a shape stretched to a `size` box that starts `offset` pixels into its first pixel."""
+    if shape not in INSIDE:
+        raise ValueError(f"shape={shape!r} cannot be drawn; use one of {', '.join(INSIDE)}")
     left, top, right, bottom = _native_box(shape)
     width, height = ceil(offset_x + size), ceil(offset_y + size)
     fine_x = (np.arange(width * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - offset_x
     fine_y = (np.arange(height * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - offset_y
     u, v = np.meshgrid(left + fine_x / size * (right - left), top + fine_y / size * (bottom - top))
     within = (fine_x >= 0) & (fine_x <= size) & ((fine_y >= 0) & (fine_y <= size))[:, None]
-    inside = (_native(shape, u, v) & within).astype(np.float32)
+    inside = (INSIDE[shape](u, v) & within).astype(np.float32)
     blocks = inside.reshape(height, SUPERSAMPLING, width, SUPERSAMPLING)
     return blocks.mean(axis=(1, 3), dtype=np.float32)[..., None]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _rgb(color: str) -> NDArray[np.float32]:
     if color not in RGB:
         raise ValueError(f"color={color!r} cannot be drawn; use one of orthus.data.world.scene.COLORS")

@@ -1,0 +1,35 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PROMPT ?=
+OUT ?= runs/sample
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: sample test lint speedrun eval clean
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+sample: $(VENV)/.installed  ## pictures, answers, an edit and a story from the shipped checkpoint; PROMPT="..." draws your own
+	$(BIN)/python -m demo.sample checkpoints/orthus-small --output $(OUT) $(if $(PROMPT),--prompt "$(PROMPT)")
+
+test: $(VENV)/.installed  ## lint, types and the test suite; no network after installation
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m mypy
+
+speedrun: $(VENV)/.installed  ## autoencoder -> base -> post-training -> scores, from nothing, on a CPU
+	PATH="$(abspath $(BIN)):$$PATH" bash train/speedrun.sh
+
+eval: $(VENV)/.installed  ## score the shipped checkpoint again
+	$(BIN)/python -m eval.small_world model=checkpoints/orthus-small
+
+clean:
+	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,163 @@
+"""Pictures, answers, an edit and a story from a checkpoint, as PNGs and one HTML page.
+
+`python -m demo.sample checkpoints/orthus-small [--prompt "a photo of a red circle"] [--picture FILE] [--output DIR]`
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from demo.page import Item, Section, write_page
+from orthus import OrthusForConditionalGeneration, OrthusProcessor
+from orthus.data.schema import Segment, Turn
+from orthus.image_processing import load_image
+
+PICTURE = Path(__file__).parent / "example.png"
+PROMPTS = (
+    "a photo of a red circle",
+    "a photo of a blue star and a green square",
+    "a photo of three purple hearts",
+    "a photo of a yellow moon",
+    "a photo of a ring left of a triangle",
+    "a photo of a red circle above two blue stars",
+    "a photo of a green cross and an orange diamond",
+    "a black arrow at the top left, a pink ring at the bottom far right",
+)
+QUESTIONS = (
+    "Describe the picture.",
+    "Is there a star in the picture? Please answer yes or no.",
+    "How many hearts are there?",
+    "What color is the square?",
+    "Where is the star?",
+)
+INSTRUCTIONS = ("make the star blue", "remove the square", "add a green ring at the top far left")
+STORIES = (
+    "Tell a story with pictures: count red stars up to three.",
+    "Draw a blue circle, then add a yellow heart, then describe the picture.",
+)
+
+
+@dataclass(frozen=True)
+class Studio:
+    """A checkpoint and how to sample from it."""
+
+    model: OrthusForConditionalGeneration
+    processor: OrthusProcessor
+    guidance: float
+    image_guidance: float
+    seed: int
+
+    def generators(self, num: int) -> list[torch.Generator]:
+        """One generator per row, so that a row's picture does not depend on the others."""
+        return [torch.Generator().manual_seed(self.seed + row) for row in range(num)]
+
+    def draw(self, prompts: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
+        inputs = self.processor(segments=[[prompt] for prompt in prompts])
+        return self._generate(inputs, len(prompts), on_position, modality="image", guidance=self.guidance)
+
+    def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
+        inputs = self.processor(segments=[[picture, question] for question in questions])
+        return self._generate(inputs, len(questions), on_position, modality="text", max_new_tokens=96)
+
+    def edit(self, picture: Image.Image, instructions: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
+        """Three streams: picture and instruction, picture only, neither."""
+        turns = [[Turn("user", (picture, text))] for text in instructions]
+        image_only = self.processor.unconditional(turns, keep_images=True)
+        return self._generate(
+            self.processor(turns=turns),
+            len(turns),
+            on_position,
+            modality="image",
+            guidance=self.guidance,
+            image_guidance=self.image_guidance,
+            image_negative_input_ids=image_only["input_ids"],
+        )
+
+    def tell(self, requests: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
+        inputs = self.processor(segments=[[request] for request in requests])
+        return self._generate(
+            inputs, len(requests), on_position, modality="interleaved", guidance=self.guidance, force_image=True
+        )
+
+    def _generate(self, inputs: Any, num: int, on_position: Callable[[int], Any], **options: Any) -> list[list[Segment]]:
+        output = self.model.generate(
+            **inputs,
+            negative_input_ids=self.processor.unconditional_ids,
+            generator=self.generators(num),
+            on_position=on_position,
+            **options,
+        )
+        return self.processor.decode_segments(output)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse(argv)
+    started = time.perf_counter()
+    model = OrthusForConditionalGeneration.from_pretrained(args.checkpoint).eval()
+    processor = OrthusProcessor.from_pretrained(args.checkpoint)
+    studio = Studio(model, processor, args.guidance, args.image_guidance, args.seed)
+    picture = load_image(args.picture)
+    shown = processor.image_processor.postprocess(processor.image_processor.pixel_values([picture]))[0]
+    print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s")
+    jobs: list[tuple[str, Sequence[str], Callable[..., list[list[Segment]]], list[Segment]]]
+    if args.prompt:
+        jobs = [("drawing", [args.prompt] * args.num, studio.draw, [])]
+    else:
+        jobs = [
+            ("drawing", PROMPTS, studio.draw, []),
+            ("answering", QUESTIONS, lambda texts, tick: studio.answer(picture, texts, tick), [shown]),
+            ("editing", INSTRUCTIONS, lambda texts, tick: studio.edit(picture, texts, tick), [shown]),
+            ("story", STORIES, studio.tell, []),
+        ]
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    sections = [run(name, texts, job, given, output) for name, texts, job, given in jobs]
+    page = output / "index.html"
+    write_page(page, f"Orthus: {args.checkpoint}", sections)
+    print(f"page     {page.resolve()}\npictures {output.resolve()}/*.png\n{time.perf_counter() - started:.1f} s in all")
+
+
+def run(
+    name: str, texts: Sequence[str], job: Callable[..., list[list[Segment]]], given: list[Segment], output: Path
+) -> Section:
+    """Do one kind of work under a progress bar, save its pictures, and print what it said and the seconds it took."""
+    started = time.perf_counter()
+    with tqdm(desc=f"{name:9s}", unit=" positions", leave=False) as bar:
+        rows = job(texts, lambda done: bar.update(1))
+    seconds = time.perf_counter() - started
+    items = [Item(text, [*given, *row]) for text, row in zip(texts, rows, strict=True)]
+    num_pictures = 0
+    for index, row in enumerate(rows):
+        for place, segment in enumerate(row):
+            if isinstance(segment, Image.Image):
+                segment.save(output / f"{name}-{index + 1}-{place + 1}.png")
+                num_pictures += 1
+            else:
+                print(f"  {texts[index]}\n    {segment}")
+    print(f"{name}: {len(texts)} prompts, {num_pictures} pictures, {seconds:.1f} s")
+    return Section(name, seconds, items)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pictures, answers, an edit and a story from a checkpoint.")
+    parser.add_argument("checkpoint", help="folder of a saved model and processor")
+    parser.add_argument("--prompt", default="", help="draw this instead of the tour")
+    parser.add_argument("--num", type=int, default=4, help="pictures of --prompt")
+    parser.add_argument("--picture", default=str(PICTURE), help="picture file to ask about and to edit")
+    parser.add_argument("--output", default="runs/sample")
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--image-guidance", type=float, default=1.5)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

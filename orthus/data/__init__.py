@@ -1,0 +1,1 @@
+"""Data: what an example is, and where examples come from."""

@@ -1,0 +1,1 @@
+"""The small world: procedural scenes with exact truth, their pictures, texts, splits and benchmark items."""

@@ -1,0 +1,58 @@
+"""What `from_pretrained` adds to `transformers`' own: the published layout, and refusal of incomplete or unsafe weights."""
+
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from orthus.configuration import OrthusConfig
+from orthus.conversion import config_from_published, is_published, read_tensor_shapes
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SHOWN_KEYS = 8
+
+
+def resolve_config(name_or_path: str, options: dict[str, Any]) -> OrthusConfig | None:
+    """Our config for a checkpoint in the published layout; None when it is in ours already."""
+    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+    subfolder = options.get("subfolder", "")
+    raw, _ = PreTrainedConfig.get_config_dict(name_or_path, subfolder=subfolder, **hub)
+    if not is_published(raw):
+        return None
+    return OrthusConfig.from_dict(config_from_published(raw, read_tensor_shapes(name_or_path, subfolder, **hub)))
+
+
+def refuse_pickles(name_or_path: str, subfolder: str = "") -> None:
+    """ValueError for a local folder whose only weights are pickles, which can run code when they are opened."""
+    folder = Path(name_or_path) / subfolder
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+    found = f"only {', '.join(pickles)}, which orthus does not open because a pickle can run code" if pickles else "no weights"
+    raise ValueError(f"{folder} holds {found}; save the weights as model.safetensors")
+
+
+def damaged(error: SafetensorError, name_or_path: str) -> ValueError:
+    """A ValueError in place of what `safetensors` raises for a file that it cannot read."""
+    return ValueError(f"{name_or_path}: a weight file is damaged or is no safetensors file ({error}); download it again")
+
+
+def check_shapes(name_or_path: str, report: dict[str, Any]) -> None:
+    """ValueError naming the tensors whose shapes are not those of the config."""
+    wrong = sorted(report["mismatched_keys"])
+    if wrong:
+        shown = "; ".join(f"{key}: {tuple(found)} in the file, {tuple(wanted)} by the config" for key, found, wanted in wrong)
+        raise ValueError(f"{name_or_path}: misshaped tensors ({shown}); weights and config.json do not belong together")
+
+
+def check_complete(name_or_path: str, report: dict[str, Any]) -> None:
+    """ValueError naming the tensors that the checkpoint lacks."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        more = f" and {len(missing) - SHOWN_KEYS} more" if len(missing) > SHOWN_KEYS else ""
+        raise ValueError(
+            f"{name_or_path} lacks {len(missing)} tensors: {', '.join(missing[:SHOWN_KEYS])}{more}; the file is incomplete or "
+            "belongs to another config (allow_missing=True starts them from random values)"
+        )

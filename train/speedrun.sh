@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# The whole recipe of the shipped checkpoint on one machine without a GPU. Every command resumes when run again.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1
+NPROC="${NPROC:-2}"
+OUT="${OUT:-runs/small}"
+python -m train.autoencoder configs/small/autoencoder.yaml run.output_dir="$OUT/autoencoder"
+torchrun --nproc-per-node "$NPROC" -m train.pretrain configs/small/base.yaml \
+    run.output_dir="$OUT/base" autoencoder="$OUT/autoencoder/final"
+torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/posttrain.yaml \
+    run.output_dir="$OUT/posttrain" model="$OUT/base/final"
+python -m eval.small_world model="$OUT/posttrain/final" output="$OUT/eval"
