@@ -85,6 +85,7 @@ def freeze(model: OrthusForConditionalGeneration, parts: Sequence[str]) -> None:
     names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     for part in parts:
         if part not in names:
-            raise ValueError(f"cannot freeze {part!r}: the model has no such part; it has {', '.join(dict(model.named_children()))}")
+            children = ", ".join(dict(model.named_children()))
+            raise ValueError(f"cannot freeze {part!r}: the model has no such part; it has {children}")
         chosen = dict(model.named_modules()).get(part) or dict(model.named_parameters())[part]
         chosen.requires_grad_(False)

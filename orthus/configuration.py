@@ -71,11 +71,11 @@ class OrthusConfig(PreTrainedConfig):
     """
 
     model_type = "orthus"
-    sub_configs = {"text_config": AutoConfig, "autoencoder_config": AutoConfig, "head_config": DiffusionHeadConfig}
+    sub_configs = {"text_config": AutoConfig, "autoencoder_config": AutoConfig}  # those that configure a PreTrainedModel
 
-    text_config: dict | PreTrainedConfig | None = None
-    autoencoder_config: dict | PreTrainedConfig | None = None
-    head_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # a dict or a config at first, a config afterwards; so are the next two
+    autoencoder_config: Any = None
+    head_config: Any = None
     latent_embedding: Literal["softmax", "argmin", "linear"] = "softmax"
     soft_vq_temperature: float = 1.0
     soft_vq_fp32_distances: bool = True
@@ -117,7 +117,7 @@ class OrthusConfig(PreTrainedConfig):
     @property
     def num_latents(self) -> int:
         """Latents per image (also the number of image placeholders in a prompt)."""
-        return self.autoencoder_config.num_latents
+        return int(self.autoencoder_config.num_latents)
 
     def _check_parts(self) -> None:
         text, autoencoder, head = self.text_config, self.autoencoder_config, self.head_config

@@ -46,8 +46,9 @@ OPTIONAL_PREFIX = "module."  # of files that a wrapped model wrote
 
 
 def _pattern(name: str, optional_prefix: str = "") -> str:
-    start = f"^(?:{re.escape(optional_prefix)})?" if optional_prefix else "^"
-    return start + re.escape(name).replace(r"\{i\}", r"(\d+)") + ("" if name.endswith(".") else "$")
+    # `(?:prefix|)`, not `(?:prefix)?`: transformers strips whole `(?...)` groups when it reverses a mapping to save.
+    start = f"^(?:{re.escape(optional_prefix)}|)" if optional_prefix else "^"
+    return start + re.escape(name).replace(r"\{i\}", r"(\d+)")
 
 
 # For `from_pretrained(..., key_mapping=...)`. Our own names match none of the patterns, so it may always be passed.
@@ -137,7 +138,7 @@ def read_tensor_shapes(name_or_path: str | Path, subfolder: str = "", **download
     shapes: Shapes = {}
     for file in files:
         with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     return shapes
 
 

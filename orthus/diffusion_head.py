@@ -7,6 +7,7 @@ small part that sees `x`. Training and sampling call the same two functions, `mo
 
 import math
 from functools import lru_cache
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,16 +65,16 @@ class DiffusionHead(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Xavier for the linear layers; modulations and the last layer start at zero, so that every block starts as the identity."""
+        """Xavier for linear layers; modulations and the last layer start at zero, so that each block starts as identity."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init.xavier_uniform_(module.weight)
                 init.zeros_(module.bias)
-        for layer in (self.time_embed[0], self.time_embed[2]):
-            init.normal_(layer.weight, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.final_linear):
-            init.zeros_(layer.weight)
-            init.zeros_(layer.bias)
+        for name, parameter in self.named_parameters():
+            if name.startswith("time_embed") and parameter.ndim == 2:
+                init.normal_(parameter, std=0.02)
+            elif ".modulation." in name or name.startswith("final_"):
+                init.zeros_(parameter)
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -91,7 +92,7 @@ class DiffusionHead(nn.Module):
     def modulations(self, conditioning: Tensor) -> list[Tensor]:
         """Per block `(..., 3W)` and for the final layer `(..., 2W)`, from `y = time + cond` `(..., W)`."""
         activated = F.silu(conditioning)
-        return [block.modulation(activated) for block in self.blocks] + [self.final_modulation(activated)]
+        return [*(cast(AdaLNBlock, block).modulation(activated) for block in self.blocks), self.final_modulation(activated)]
 
     def denoise(self, x: Tensor, modulations: list[Tensor]) -> Tensor:
         """Predicted target `(..., C)` for noised scaled latents `(..., C)`."""

@@ -1,7 +1,7 @@
 """Orthus: embed -> backbone -> LM head | diffusion head. The losses sit inside `forward`, each formula has one home."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,11 +98,12 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         accept_misshaped = options.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
         try:
-            model, report = super().from_pretrained(
+            loaded: Any = super().from_pretrained(
                 path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except SafetensorError as error:
             raise loading.damaged(error, path) from error
+        model, report = loaded
         if not accept_misshaped:
             loading.check_shapes(path, report)
         if not allow_missing:
@@ -145,12 +146,12 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     def embed_image_latents(self, latents: Tensor) -> Tensor:
         """Backbone inputs `(N, L, D)` of raw latents `(N, L, C)` (eq. 4)."""
         self._check_latents(latents)
-        return self.latent_embedding(latents, self.code_embeddings())
+        return cast(Tensor, self.latent_embedding(latents, self.code_embeddings()))
 
     def code_embeddings(self) -> Tensor:
         """`(K, D)`: the rows of the input embeddings that belong to the codebook, the `W` of eq. 4."""
         start = self.config.code_offset
-        return self.get_input_embeddings().weight[start : start + self.config.num_codes]
+        return cast(Tensor, self.get_input_embeddings().weight)[start : start + self.config.num_codes]
 
     def embed_inputs(self, input_ids: Tensor, image_latents: Tensor | None) -> Tensor:
         """Backbone inputs `(B, T, D)`: token embeddings, with embedded latents at the image placeholders."""
@@ -237,6 +238,8 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if not skip_logits:
             result.logits = self.lm_head(hidden[:, -logits_to_keep:])
         if labels is not None:
+            if input_ids is None:
+                raise ValueError("labels need input_ids, which say where the latents stand")
             self._add_losses(result, hidden, labels, input_ids, latents, timesteps, noise)
         return result
 
@@ -267,7 +270,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         result.loss_counts = {"text": int(is_text.sum()), "image": int(is_latent.sum())}
         means = {name: total / max(result.loss_counts[name], 1) for name, total in result.loss_sums.items()}
         result.text_loss, result.image_loss = means["text"], means["image"]
-        result.loss = sum(weight * means[name] for name, weight in self.loss_weights.items())
+        result.loss = means["text"] + self.config.image_loss_weight * means["image"]
 
     def _resolve_latents(self, pixel_values: Tensor | None, image_latents: Tensor | None) -> Tensor | None:
         if pixel_values is not None and image_latents is not None:
@@ -288,13 +291,13 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     def _check_latents(self, latents: Tensor) -> None:
         expected = (self.config.num_latents, self.config.head_config.latent_dim)
         if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
-            raise ValueError(f"image latents have shape {tuple(latents.shape)}, expected (N, {expected[0]}, {expected[1]})")
+            raise ValueError(f"image latents of shape {tuple(latents.shape)}, expected (N, {expected[0]}, {expected[1]})")
 
     def _check_length(self, num_new: int, past_key_values: Cache | None) -> None:
         length = num_new + (past_key_values.get_seq_length() if past_key_values is not None else 0)
         limit = getattr(self.config.text_config, "max_position_embeddings", None)
         if limit is not None and length > limit:
-            raise ValueError(f"sequence of {length} positions exceeds the backbone's limit of {limit}; shorten the prompt")
+            raise ValueError(f"{length} positions exceed the backbone's limit of {limit}; shorten the prompt")
 
     # ------------------------------------------------------------------ generation
 

@@ -16,6 +16,7 @@ class LatentEmbedding(nn.Module):
 
     def __init__(self, config: OrthusConfig) -> None:
         super().__init__()
+        self.positions: nn.Parameter | None
         self.kind = config.latent_embedding
         self.temperature = config.soft_vq_temperature
         self.fp32_distances = config.soft_vq_fp32_distances
@@ -39,8 +40,8 @@ class LatentEmbedding(nn.Module):
             init.normal_(self.positions, std=std)
 
     def log_weights(self, latents: Tensor) -> Tensor:
-        """Unnormalised log assignment `(..., K)`: `(2 z.c - |c|^2) / tau`. `|z|^2` is the same for all codes, so it is dropped."""
-        codebook = self.codebook
+        """Unnormalised log assignment `(..., K)`: `(2 z.c - |c|^2) / tau`; `|z|^2` is the same for all codes and dropped."""
+        codebook: Tensor = self.codebook
         if self.fp32_distances and latents.dtype not in (torch.float32, torch.float64):
             latents, codebook = latents.float(), codebook.float()
         distances = codebook.square().sum(-1) - 2 * latents.to(codebook.dtype) @ codebook.T

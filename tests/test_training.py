@@ -159,9 +159,9 @@ def command(folder: Path, num_steps: int) -> subprocess.Popen[bytes]:
 
 
 def wait_for_first_checkpoint(folder: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # a busy machine needs a minute to import torch
     while latest(folder) is None:
-        assert time.monotonic() < deadline, "the run wrote no checkpoint within 60 s"
+        assert time.monotonic() < deadline, "the run wrote no checkpoint within 240 s"
         time.sleep(0.02)
 
 
@@ -184,7 +184,7 @@ def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
     process = command(tmp_path, num_steps=1_000_000)
     wait_for_first_checkpoint(tmp_path)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == EXIT_TERMINATED
+    assert process.wait(timeout=120) == EXIT_TERMINATED
     newest = latest(tmp_path)
     assert newest is not None
     assert newest.name == f"step-{logged(tmp_path)[-1]['step']:08d}"

@@ -188,9 +188,7 @@ def _is_about_held_out(twin: TwinScene, subtask: str) -> bool:
         turned = (twin.relation, MIRROR[twin.relation])
         return any(relation_clause(a.shape, relation, b.shape) in HELD_OUT for relation in turned)
     if subtask == "color":
-        return any(
-            color_clause(shape, color) in HELD_OUT for shape in (a.shape, b.shape) for color in (a.color, b.color)
-        )
+        return any(color_clause(shape, color) in HELD_OUT for shape in (a.shape, b.shape) for color in (a.color, b.color))
     if subtask == "count":
         most = sum(item.shape == twin.count for item in twin.base.objects)
         return any(count_clause(twin.count, count) in HELD_OUT for count in (most, most - 1))
@@ -214,9 +212,7 @@ def _mme_twin(source: Source, subtask: str) -> TwinScene:
     return retry(attempt, f"benchmark scene for {subtask}", tries=5000)
 
 
-def small_mme_items(
-    num_images_per_subtask: int = 100, seed: int = 0, config: WorldConfig | None = None
-) -> list[MmeItem]:
+def small_mme_items(num_images_per_subtask: int = 100, seed: int = 0, config: WorldConfig | None = None) -> list[MmeItem]:
     """Pictures with two opposite questions each, for the subtasks of SUBTASKS in turn.
 
     Pictures come in twins on which the same two questions have opposite answers, so that every question string is
@@ -224,9 +220,7 @@ def small_mme_items(
     ValueError for an odd number of pictures.
     """
     if num_images_per_subtask % 2:
-        raise ValueError(
-            f"num_images_per_subtask={num_images_per_subtask} is odd; pictures come in twins, give an even one"
-        )
+        raise ValueError(f"num_images_per_subtask={num_images_per_subtask} is odd; pictures come in twins, give an even one")
     rng = _stream("mme", seed)
     world = config or WorldConfig()
     items: list[MmeItem] = []
@@ -266,9 +260,7 @@ def _contents(scene: Scene, with_cells: bool = True) -> Clauses:
     return [{"class": shape, "color": color, "count": n, "cell": None} for (shape, color), n in counts.items()]
 
 
-def edit_items(
-    num_items: int = 120, seed: int = 0, config: WorldConfig | None = None, strict: bool = True
-) -> list[EditItem]:
+def edit_items(num_items: int = 120, seed: int = 0, config: WorldConfig | None = None, strict: bool = True) -> list[EditItem]:
     """Edits of all kinds, equally often, on new scenes. strict: without held-out clauses."""
     rng = _stream("edit", seed)
     source = Source(rng, config or WorldConfig(), strict)
@@ -285,9 +277,7 @@ def edit_items(
     return items
 
 
-def story_items(
-    num_items: int = 80, seed: int = 0, config: WorldConfig | None = None, strict: bool = True
-) -> list[StoryItem]:
+def story_items(num_items: int = 80, seed: int = 0, config: WorldConfig | None = None, strict: bool = True) -> list[StoryItem]:
     """Stories of the kinds whose prompt fixes the number of pictures, equally often. strict: no held-out clauses."""
     rng = _stream("story", seed)
     source = Source(rng, config or WorldConfig(), strict)

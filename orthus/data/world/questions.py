@@ -79,9 +79,7 @@ class TwinScene:
     def settings(self) -> list[Scene]:
         """The scenes of all settings of the switches."""
         masks = product((False, True), repeat=len(self.switches))
-        return [
-            self.setting(frozenset(name for name, on in zip(self.switches, mask, strict=True) if on)) for mask in masks
-        ]
+        return [self.setting(frozenset(name for name, on in zip(self.switches, mask, strict=True) if on)) for mask in masks]
 
 
 def _pair_objects(source: Source, positioned: bool) -> tuple[list[Wanted], str] | None:
@@ -242,9 +240,7 @@ def _color_open(rng: Generator, scene: Scene) -> Question | None:
     if not unique:
         return None
     item = pick(rng, unique)
-    return _open(
-        f"What color is the {item.shape}?", item.color, "what color", {f"color {item.shape}"}, _exists(item.shape)
-    )
+    return _open(f"What color is the {item.shape}?", item.color, "what color", {f"color {item.shape}"}, _exists(item.shape))
 
 
 def _where_open(rng: Generator, scene: Scene) -> Question | None:

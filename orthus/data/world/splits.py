@@ -100,11 +100,7 @@ ALLOWED_COLORS: dict[str, tuple[str, ...]] = {
     shape: tuple(color for color in COLORS if color not in HELD_OUT_COLORS[shape]) for shape in SHAPES
 }
 _TRIPLES = frozenset(
-    (a, relation, b)
-    for a in SHAPES
-    for b in SHAPES
-    for relation in RELATIONS
-    if relation_clause(a, relation, b) in HELD_OUT
+    (a, relation, b) for a in SHAPES for b in SHAPES for relation in RELATIONS if relation_clause(a, relation, b) in HELD_OUT
 )
 _TOUCHY = frozenset((a, b) for a, _, b in _TRIPLES)
 _SEPARATE = frozenset((a, b) for pair in HELD_OUT_PAIRS for a, b in (pair, pair[::-1]))

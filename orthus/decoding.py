@@ -1,0 +1,254 @@
+"""The decoding loop: many rows at once, each writing text or drawing an image on its own, guidance streams as further rows.
+
+Every row advances one position per backbone call. A row that has nothing to feed (finished, or an unconditional stream
+while its row writes text) feeds padding that its mask hides. An unconditional stream restarts at each image by hiding the
+columns after its prompt and starting its positions again, so one cache serves all rows and streams.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LogitsProcessorList
+
+if TYPE_CHECKING:
+    from orthus.modeling import OrthusForConditionalGeneration
+
+TEXT, IMAGE, FINISHED = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One stream's prompts, `(B, P)`, left-padded, with the latents of their images `(N, L, C)`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_latents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a row may still do."""
+
+    modality: str
+    max_new_tokens: int
+    max_images: int
+    force_image: bool
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How latents are drawn."""
+
+    guidance: float
+    image_guidance: float | None
+    num_diffusion_steps: int | None
+    solver: str | None
+    noise: Tensor | None  # (B, num_images, L, C)
+    generator: torch.Generator | list[torch.Generator] | None
+
+
+@dataclass
+class Row:
+    """What one row has written so far."""
+
+    mode: int = TEXT
+    tokens: list[int] = field(default_factory=list)
+    images: list[list[Tensor]] = field(default_factory=list)
+
+
+class DecodingLoop:
+    """State of one call of `generate`: rows of all streams (stream-major), their mask and positions, one cache."""
+
+    def __init__(
+        self,
+        model: "OrthusForConditionalGeneration",
+        streams: list[Prompt],
+        limits: Limits,
+        drawing: Drawing,
+        warpers: LogitsProcessorList | None,
+    ) -> None:
+        self.model, self.limits, self.drawing, self.warpers = model, limits, drawing, warpers
+        self.num_streams, self.num_rows = len(streams), len(streams[0].input_ids)
+        config = model.config
+        width = max(stream.input_ids.shape[1] for stream in streams)
+        ids = torch.cat([_pad_left(stream.input_ids, width, config.pad_token_id) for stream in streams])
+        self.mask = torch.cat([_pad_left(stream.attention_mask, width, 0) for stream in streams]).long()
+        given = [stream.image_latents for stream in streams if stream.image_latents is not None]
+        self.prompt_ids, self.prompt_latents = ids, torch.cat(given) if given else None
+        self.prompt_width, self.prompt_lengths = width, self.mask.sum(-1)
+        self.positions = self.prompt_lengths.clone()
+        self.rows = [Row() for _ in range(self.num_rows)]
+        self.cache = DynamicCache(config=model.config.text_config)
+        self.banned = _banned_ids(config, ids.device)
+
+    def run(self, on_position: Callable[[int], None] | None) -> list[Row]:
+        model = self.model
+        embeddings = model.embed_inputs(self.prompt_ids, self.prompt_latents)
+        positions = (self.mask.cumsum(-1) - 1).masked_fill(self.mask == 0, 1)
+        hidden = self._advance(embeddings, positions)
+        for done in range(1, self.limits.max_new_tokens + 1):
+            fed = self._choose(hidden)
+            if on_position is not None:
+                on_position(done)
+            if fed is None:
+                break
+            hidden = self._advance(*fed)
+        return self.rows
+
+    def _advance(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """Feed embeddings `(R, T, D)`; returns the hidden states of their last position as `(streams, B, D)`."""
+        outputs = self.model.backbone(
+            inputs_embeds=embeddings,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state[:, -1].unflatten(0, (self.num_streams, self.num_rows))
+
+    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Extend each row by one token or latent; embeddings `(R, 1, D)` and positions `(R, 1)` to feed, None at the end."""
+        config, model = self.model.config, self.model
+        next_ids = torch.full((self.num_rows,), config.pad_token_id, device=hidden.device)
+        self._write_text(hidden[0], next_ids)
+        drawing = [i for i, row in enumerate(self.rows) if row.mode == IMAGE and self._draws_latent(row, next_ids, i)]
+        latents = self._draw(hidden[:, drawing], drawing) if drawing else None
+        for index in drawing:
+            self.rows[index].tokens.append(config.image_token_id)
+            self._finish_if_last_image(self.rows[index])
+        active = [row.mode != FINISHED for row in self.rows]
+        if not any(active):
+            return None
+        embeddings = model.get_input_embeddings()(next_ids).unsqueeze(1)
+        if latents is not None:
+            first = torch.tensor([len(self.rows[i].images[-1]) - 1 for i in drawing], device=hidden.device)
+            embedded = model.latent_embedding(latents.unsqueeze(1), model.code_embeddings(), first)
+            embeddings[drawing] = embedded.to(embeddings.dtype)
+        return self._feed(embeddings, active, next_ids)
+
+    def _write_text(self, hidden: Tensor, next_ids: Tensor) -> None:
+        """One token for each row in text mode: forced, greedy or sampled."""
+        config = self.model.config
+        writing = [i for i, row in enumerate(self.rows) if row.mode == TEXT]
+        if not writing:
+            return
+        if self.limits.modality == "image":
+            chosen = [config.boi_token_id] * len(writing)
+        else:
+            logits = self.model.lm_head(hidden[writing]).float()
+            logits[:, self.banned] = -torch.inf
+            for index, row_logits in zip(writing, logits, strict=True):
+                if not self._may_draw(self.rows[index]):
+                    row_logits[config.boi_token_id] = -torch.inf
+            chosen = self._pick(logits, writing)
+        ends = (config.separator_token_id, config.eos_token_id)
+        for index, token in zip(writing, chosen, strict=True):
+            row = self.rows[index]
+            if token in ends and self.limits.force_image and not row.images and self._may_draw(row):
+                token = config.boi_token_id
+            row.tokens.append(token)
+            next_ids[index] = token
+            if token == config.boi_token_id:
+                row.mode = IMAGE
+                row.images.append([])
+                self._restart_streams(index)
+            elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
+                row.mode = FINISHED
+
+    def _pick(self, logits: Tensor, writing: list[int]) -> list[int]:
+        if self.warpers is None:
+            return logits.argmax(-1).tolist()
+        probabilities = self.warpers(cast(Any, None), logits).softmax(-1)
+        draws = [torch.multinomial(p, 1, generator=self._generator(i)) for i, p in zip(writing, probabilities, strict=True)]
+        return torch.cat(draws).tolist()
+
+    def _generator(self, row: int) -> torch.Generator | None:
+        generator = self.drawing.generator
+        return generator[row] if isinstance(generator, list) else generator
+
+    def _may_draw(self, row: Row) -> bool:
+        room = self.limits.max_new_tokens - len(row.tokens)
+        enough = room >= self.model.config.num_latents + 2
+        return self.limits.modality != "text" and len(row.images) < self.limits.max_images and enough
+
+    def _draws_latent(self, row: Row, next_ids: Tensor, index: int) -> bool:
+        """Whether a row in image mode draws now: not at begin-of-image itself, and after the last latent comes end-of-image."""
+        config = self.model.config
+        if next_ids[index] == config.boi_token_id:
+            return False
+        if len(row.images[-1]) < config.num_latents:
+            return True
+        row.tokens.append(config.eoi_token_id)
+        next_ids[index] = config.eoi_token_id
+        row.mode = TEXT
+        return False
+
+    def _finish_if_last_image(self, row: Row) -> None:
+        """In image-only mode nothing follows the last latent of the last image but end-of-image."""
+        complete = len(row.images[-1]) == self.model.config.num_latents
+        if self.limits.modality == "image" and complete and len(row.images) == self.limits.max_images:
+            row.tokens.append(self.model.config.eoi_token_id)
+            row.mode = FINISHED
+
+    def _draw(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Next latents `(len(rows), C)` from hidden states `(streams, len(rows), D)`."""
+        drawing, streams = self.drawing, list(hidden)
+        latents = self.model.diffusion_head.sample(
+            streams[0],
+            guidance=drawing.guidance,
+            uncond=streams[-1] if len(streams) > 1 else None,
+            image_cond=streams[1] if len(streams) == 3 else None,
+            image_guidance=drawing.image_guidance,
+            num_diffusion_steps=drawing.num_diffusion_steps,
+            solver=drawing.solver,
+            noise=self._noise(rows, hidden),
+        )
+        for index, latent in zip(rows, latents, strict=True):
+            self.rows[index].images[-1].append(latent)
+        return latents
+
+    def _noise(self, rows: list[int], hidden: Tensor) -> Tensor:
+        images = [self.rows[i].images for i in rows]
+        if self.drawing.noise is not None:
+            picked = [self.drawing.noise[i, len(im) - 1, len(im[-1])] for i, im in zip(rows, images, strict=True)]
+            return torch.stack(picked).to(hidden.device)
+        width, dtype = self.model.config.head_config.latent_dim, torch.promote_types(hidden.dtype, torch.float32)
+        generator = self.drawing.generator
+        if not isinstance(generator, list):
+            device = generator.device if generator is not None else hidden.device
+            return torch.randn(len(rows), width, generator=generator, device=device, dtype=dtype).to(hidden.device)
+        draws = [torch.randn(width, generator=generator[i], device=generator[i].device, dtype=dtype) for i in rows]
+        return torch.stack(draws).to(hidden.device)
+
+    def _restart_streams(self, index: int) -> None:
+        """Let the guidance streams of a row forget earlier images: only their prompt stays visible."""
+        for stream in range(1, self.num_streams):
+            row = stream * self.num_rows + index
+            self.mask[row, self.prompt_width :] = 0
+            self.positions[row] = self.prompt_lengths[row]
+
+    def _feed(self, embeddings: Tensor, active: list[bool], next_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Extend mask and positions by one column; guidance streams are visible only while their row draws."""
+        visible = torch.zeros(self.num_streams, self.num_rows, dtype=torch.long, device=embeddings.device)
+        visible[0] = torch.tensor(active, device=embeddings.device)
+        drawing = torch.tensor([row.mode == IMAGE for row in self.rows], device=embeddings.device)
+        visible[1:] = drawing
+        visible = visible.flatten()
+        positions = self.positions.unsqueeze(-1).clone()
+        self.positions += visible
+        self.mask = torch.cat([self.mask, visible.unsqueeze(-1)], dim=-1)
+        return embeddings.repeat(self.num_streams, 1, 1), positions
+
+
+def _banned_ids(config: Any, device: torch.device) -> Tensor:
+    """Ids that the LM head may never write: code rows, image placeholders, end-of-image, padding, begin-of-text."""
+    codes = torch.arange(config.code_offset, config.code_offset + config.num_codes, device=device)
+    names = ("image_token_id", "eoi_token_id", "pad_token_id", "bos_token_id")
+    return torch.cat([codes, torch.tensor([getattr(config, name) for name in names], device=device)])
+
+
+def _pad_left(ids: Tensor, width: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (width - ids.shape[1], 0), value=value)
