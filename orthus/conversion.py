@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -52,9 +52,7 @@ def _pattern(name: str, optional_prefix: str = "") -> str:
 
 
 # For `from_pretrained(..., key_mapping=...)`. Our own names match none of the patterns, so it may always be passed.
-PUBLISHED_KEY_MAPPING = {
-    _pattern(published, OPTIONAL_PREFIX): ours.replace("{i}", r"\1") for published, ours in NAME_TABLE
-}
+PUBLISHED_KEY_MAPPING = {_pattern(published, OPTIONAL_PREFIX): ours.replace("{i}", r"\1") for published, ours in NAME_TABLE}
 _TO_PUBLISHED = {_pattern(ours): published.replace("{i}", r"\1") for published, ours in NAME_TABLE}
 
 # Tensors that old files may hold and no model needs.
@@ -166,9 +164,7 @@ def config_from_published(config: Mapping[str, Any], shapes: Mapping[str, tuple[
     codebook = shapes.get("model.codebook_in.weight") or shapes.get("model.vqmodel.quantize.embedding.weight")
     code_offset, num_codes = _code_rows(vocabulary)
     if codebook is not None and codebook[0] != num_codes:
-        raise ValueError(
-            f"the codebook has {codebook[0]} rows, the vocabulary map {num_codes} image codes; fix the map"
-        )
+        raise ValueError(f"the codebook has {codebook[0]} rows, the vocabulary map {num_codes} image codes; fix the map")
     return {
         "model_type": "orthus",
         "architectures": ["OrthusForConditionalGeneration"],
@@ -186,24 +182,16 @@ def config_from_published(config: Mapping[str, Any], shapes: Mapping[str, tuple[
 def _special_ids(vocabulary: Mapping[str, int]) -> dict[str, int]:
     missing = [token for token in SPECIAL_TOKENS.values() if token not in vocabulary]
     if missing:
-        raise ValueError(
-            f"vocabulary_map in config.json lacks {', '.join(missing)}; copy the map of the published config"
-        )
+        raise ValueError(f"vocabulary_map in config.json lacks {', '.join(missing)}; copy the map of the published config")
     return {field: vocabulary[token] for field, token in SPECIAL_TOKENS.items()}
 
 
 def _code_rows(vocabulary: Mapping[str, int]) -> tuple[int, int]:
     """First id and number of the image codes. Their names spell the codebook index in letters: IMGIMG, A-J for 0-9, Z."""
     digits = str.maketrans("ABCDEFGHIJ", "0123456789")
-    ids = {
-        int(name[6:-1].translate(digits)): token
-        for name, token in vocabulary.items()
-        if re.fullmatch("IMGIMG[A-J]+Z", name)
-    }
+    ids = {int(name[6:-1].translate(digits)): token for name, token in vocabulary.items() if re.fullmatch("IMGIMG[A-J]+Z", name)}
     if not ids or any(ids.get(index) != ids.get(0, 0) + index for index in range(len(ids))):
-        raise ValueError(
-            f"vocabulary_map holds {len(ids)} image codes (IMGIMG...Z) that are not consecutive ids from code 0"
-        )
+        raise ValueError(f"vocabulary_map holds {len(ids)} image codes (IMGIMG...Z) that are not consecutive ids from code 0")
     return ids[0], len(ids)
 
 
@@ -211,9 +199,7 @@ def _autoencoder_config(vq_config: Mapping[str, Any], shapes: Mapping[str, tuple
     fields = {key: vq_config[key] for key in _VQ_FIELDS if key in vq_config}
     quantizer = shapes.get("model.vqmodel.quantize.embedding.weight")
     fields["num_embeddings"] = 0 if quantizer is None else quantizer[0]
-    latent_dim = shapes.get("model.vqmodel.quant_conv.weight", (fields.get("embed_dim", DEFAULT_HEAD["latent_dim"]),))[
-        0
-    ]
+    latent_dim = shapes.get("model.vqmodel.quant_conv.weight", (fields.get("embed_dim", DEFAULT_HEAD["latent_dim"]),))[0]
     return {"model_type": "orthus_vqgan_autoencoder", **fields, "embed_dim": latent_dim}
 
 
@@ -253,10 +239,12 @@ def config_to_published(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}={value!r}, but the published layout means {needed!r}; save with save_pretrained")
     rope = dict(text.get("rope_parameters") or {})
     rope_theta = rope.pop("rope_theta", 10000.0)
-    dropped = _NOT_IN_TEXT_CONFIG | {"rope_parameters"}
+    base_fields = set(PreTrainedConfig().to_dict()) - {"model_type"}  # of every transformers config, not of a Chameleon
+    dropped = _NOT_IN_TEXT_CONFIG | base_fields | {"rope_parameters"}
     ids = {key: config[key] for key in SPECIAL_TOKENS if key != "separator_token_id"}
     return {
         **{key: value for key, value in text.items() if key not in dropped},
+        "tie_word_embeddings": text["tie_word_embeddings"],
         "rope_theta": rope_theta,
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else rope,
         **ids,

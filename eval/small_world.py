@@ -1,0 +1,355 @@
+"""The small-world benchmark of a model: generate, grade, report. The same command resumes.
+
+`python -m eval.small_world model=checkpoints/orthus-small [output=runs/eval-small num_per_task=200 seed=0 guidance=3.0]`
+writes answers and grades under `output`, and `results.json` there and beside the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from eval import floors
+from eval.answers import Answer, Decoding, Request, ask
+from eval.geneval import TAGS, Protocol, summarise
+from eval.mme import Record, grade, image_scores, score_subtask
+from eval.profile_grader import detect_by_profile
+from eval.small_tasks import (
+    edit_requests,
+    geneval_requests,
+    grade_geneval,
+    judge_edit,
+    judge_story,
+    mme_requests,
+    story_requests,
+)
+from eval.statistics import Task, bootstrap
+from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
+from orthus.data.world.benchmark import story_items as make_story_items
+from orthus.data.world.splits import fingerprint
+from orthus.training.settings import differences, load_settings, to_dict
+
+ANSWER_TOKENS = 8
+STORY_TOKENS = 256
+RESULTS = "results.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated and how it is decoded; see `python -m eval.small_world --help`.
+
+    num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask.
+    guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
+    mme_parser: official, lmms or strict.
+    """
+
+    model: str
+    output: str = "runs/eval-small"
+    num_per_task: int = 200
+    num_edits: int = 120
+    num_stories: int = 80
+    seed: int = 0
+    guidance: float = 3.0
+    edit_guidance: float = 2.0
+    image_guidance: float = 1.0
+    story_guidance: float = 2.0
+    num_diffusion_steps: int = 20
+    solver: str | None = None
+    batch_size: int = 64
+    held_out: bool = True
+    mme_parser: str = "official"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("num_per_task", "num_edits", "num_stories", "num_diffusion_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; give at least 1")
+        if self.num_per_task % 4:
+            raise ValueError(f"num_per_task={self.num_per_task}; give a multiple of 4 (question pictures come in twins)")
+
+
+@dataclass(frozen=True)
+class Items:
+    """All prompts of a run."""
+
+    geneval: list[dict[str, Any]]
+    mme: list[MmeItem]
+    edits: list[EditItem]
+    stories: list[StoryItem]
+
+
+def make_items(settings: Settings) -> Items:
+    """The held-out benchmark (fixed by its own seed, not the run's)."""
+    return Items(
+        small_geneval_items(settings.num_per_task, settings.held_out),
+        small_mme_items(settings.num_per_task // 2),
+        edit_items(settings.num_edits),
+        make_story_items(settings.num_stories),
+    )
+
+
+def decodings(settings: Settings) -> dict[str, Decoding]:
+    """How each task is decoded; recorded with the results."""
+    image = Decoding("image", settings.guidance, None, settings.num_diffusion_steps, settings.solver, None, 1)
+    text = Decoding("text", num_diffusion_steps=settings.num_diffusion_steps, max_new_tokens=ANSWER_TOKENS)
+    story = replace(image, modality="interleaved", guidance=settings.story_guidance)
+    edit = replace(image, guidance=settings.edit_guidance, image_guidance=settings.image_guidance)
+    return {
+        "geneval": image,
+        "mme": text,
+        "mme_blank": text,
+        "edit": replace(edit, image_guidance=None) if (edit.guidance, edit.image_guidance) == (1.0, 1.0) else edit,
+        "story": replace(story, max_new_tokens=STORY_TOKENS, max_images=6),
+    }
+
+
+def generate(model: Any, processor: Any, items: Items, settings: Settings) -> dict[str, dict[str, Answer]]:
+    """Ask everything that is not answered yet."""
+    requests: dict[str, list[Request]] = {
+        "geneval": geneval_requests(items.geneval),
+        "mme": mme_requests(items.mme),
+        "mme_blank": mme_requests(items.mme, blank=True),
+        "edit": edit_requests(items.edits),
+        "story": story_requests(items.stories),
+    }
+    how, folder = decodings(settings), Path(settings.output)
+    return {
+        task: ask(model, processor, task, asked, how[task], folder, settings.seed, settings.batch_size)
+        for task, asked in requests.items()
+    }
+
+
+def report_geneval(items: Items, answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
+    """Score per task and overall with intervals over prompts; grades go to `grades-geneval.jsonl`."""
+    records = grade_geneval(items.geneval, answers, detect_by_profile)
+    write_lines(folder / "grades-geneval.jsonl", records)
+    tasks = {
+        tag: Task(
+            [float(r["correct"]) for r in records if r["tag"] == tag],
+            [r["prompt"] for r in records if r["tag"] == tag],
+        )
+        for tag in TAGS
+    }
+    num_prompts = {tag: len(set(task.clusters or ())) for tag, task in tasks.items()}
+    summarise(records, Protocol(num_prompts, 1), allow_partial=True)
+    result: dict[str, Any] = {"overall": bootstrap(tasks).as_dict()}
+    result |= {tag: {**bootstrap(task).as_dict(), "num_prompts": num_prompts[tag]} for tag, task in tasks.items()}
+    result["second_grader_disagreement"] = _mean([r["correct"] != r["second_correct"] for r in records])
+    result["pictures_with_unknown_objects"] = _mean([r["num_unknown"] > 0 for r in records])
+    return result
+
+
+def report_mme(items: Sequence[MmeItem], answers: Mapping[str, Answer], parser: str) -> dict[str, Any]:
+    """Accuracy, acc+ and MME score per subtask and overall; intervals over twins of pictures."""
+    by_subtask: dict[str, list[MmeItem]] = {}
+    for item in items:
+        by_subtask.setdefault(item.subtask, []).append(item)
+    acc, plus, score, result = {}, {}, {}, {}
+    for subtask, group in by_subtask.items():
+        records = mme_records(group, answers)
+        graded = grade(records, parser)
+        twins = [image_id[:-1] for image_id in graded]
+        acc[subtask] = Task([sum(pair) / 2 for pair in graded.values()], twins)
+        plus[subtask] = Task([float(all(pair)) for pair in graded.values()], twins)
+        score[subtask] = Task(image_scores(graded), twins)
+        whole = score_subtask(records, parser)
+        seen = {
+            f"{name}_accuracy": _mean([right for i in group if i.held_out == flag for right in graded[i.image_id]])
+            for name, flag in (("held_out", True), ("seen", False))
+        }
+        result[subtask] = {
+            **bootstrap(acc[subtask]).as_dict(),
+            "acc_plus": bootstrap(plus[subtask]).as_dict(),
+            "score": bootstrap(score[subtask]).as_dict(),
+            "other_rate": whole.other_rate,
+            **seen,
+        }
+    total = bootstrap(score).scaled(len(score)).as_dict()
+    overall = {"overall": bootstrap(acc).as_dict(), "acc_plus": bootstrap(plus).as_dict(), "score": total}
+    return {**overall, **result, "parser": parser}
+
+
+def mme_records(items: Sequence[MmeItem], answers: Mapping[str, Answer]) -> list[Record]:
+    return [
+        Record(item.image_id, question, truth, answers[f"{item.image_id}/{number}"].text)
+        for item in items
+        for number, (question, truth) in enumerate(item.questions)
+    ]
+
+
+def report_edits(items: Sequence[EditItem], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
+    """Share of edits after which the picture holds exactly what it must, overall (kinds in equal parts) and by kind."""
+    records = []
+    for number, item in enumerate(items):
+        key = f"{number:05d}"
+        pictures = answers[key].pictures
+        judged = judge_edit(item, pictures[0] if pictures else None)
+        records.append({"key": key, "tag": item.edit.kind, "prompt": item.edit.instruction, **judged})
+    write_lines(folder / "grades-edit.jsonl", records)
+    kinds = {r["tag"]: Task([float(o["correct"]) for o in records if o["tag"] == r["tag"]]) for r in records}
+    result: dict[str, Any] = {"overall": bootstrap(kinds).as_dict()}
+    result |= {kind: bootstrap(task).as_dict() for kind, task in kinds.items()}
+    result |= {name: bootstrap(Task([float(r[name]) for r in records])).as_dict() for name in ("kept", "changed")}
+    result["do_nothing"] = bootstrap(Task([float(right) for right in floors.edit_floor(items)])).as_dict()
+    return result
+
+
+def report_stories(items: Sequence[StoryItem], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
+    """Well-formed stories, right pictures (clustered by story), wholly right stories, and the repeating baseline."""
+    records = []
+    for number, item in enumerate(items):
+        key = f"{number:05d}"
+        judged = judge_story(item, answers[key])
+        records.append({"key": key, "tag": item.story.kind, "prompt": item.story.prompt, **judged})
+    write_lines(folder / "grades-story.jsonl", records)
+
+    def pictures(verdicts: Sequence[Sequence[bool]]) -> Task:
+        clusters = [number for number, story in enumerate(verdicts) for _ in story]
+        return Task([float(right) for story in verdicts for right in story], clusters)
+
+    result: dict[str, Any] = {
+        name: bootstrap(Task([float(r[name]) for r in records])).as_dict() for name in ("well_formed", "all_right")
+    }
+    result["overall"] = bootstrap(pictures([r["pictures"] for r in records])).as_dict()
+    for kind in sorted({r["tag"] for r in records}):
+        result[kind] = bootstrap(pictures([r["pictures"] for r in records if r["tag"] == kind])).as_dict()
+    result["do_nothing"] = bootstrap(pictures(floors.story_floor(items))).as_dict()
+    return result
+
+
+def round_trip(model: Any, processor: Any, batch_size: int = 64) -> floors.RoundTrip:
+    """Pictures through the model's autoencoder: what the grader sees at best."""
+
+    def through(images: Sequence[Image.Image]) -> list[Image.Image]:
+        restored: list[Image.Image] = []
+        for start in range(0, len(images), batch_size):
+            pixel_values = processor.image_processor.pixel_values(images[start : start + batch_size])
+            latents = model.get_image_latents(pixel_values.to(model.device))
+            restored += processor.image_processor.postprocess(model.decode_image_latents(latents))
+        return restored
+
+    return through
+
+
+def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
+    """All stages; answers that exist are not generated again."""
+    folder, seconds = Path(settings.output), {}
+
+    def timed(name: str, stage: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        value = stage()
+        seconds[name] = round(time.monotonic() - start, 1)
+        return value
+
+    items = make_items(settings)
+    answers = timed("generate", lambda: generate(model, processor, items, settings))
+    result: dict[str, Any] = {
+        "small_geneval": timed("grade_geneval", lambda: report_geneval(items, answers["geneval"], folder)),
+        "small_mme": timed("grade_mme", lambda: report_mme(items.mme, answers["mme"], settings.mme_parser)),
+        "editing": timed("grade_editing", lambda: report_edits(items.edits, answers["edit"], folder)),
+        "interleaved": timed("grade_interleaved", lambda: report_stories(items.stories, answers["story"], folder)),
+    }
+    write_lines(folder / "grades-mme.jsonl", [asdict(record) for record in mme_records(items.mme, answers["mme"])])
+    checked = items.geneval[:: max(1, len(items.geneval) // 600)]
+    result["grader"] = timed("validate", lambda: floors.validate_grader(checked, round_trip(model, processor)))
+    blank = report_mme(items.mme, answers["mme_blank"], settings.mme_parser)
+    result["floors"] = {
+        "small_geneval": floors.geneval_floors(items.geneval),
+        "small_mme": floors.mme_floors(items.mme, floors.majority_answers())
+        | {"model_with_blank_picture": {name: blank[name]["value"] for name in ("overall", "acc_plus", "score")}},
+    }
+    return {**result, "seconds": seconds, "decoding": {name: asdict(d) for name, d in decodings(settings).items()}}
+
+
+def provenance(settings: Settings) -> dict[str, Any]:
+    """Where a result comes from: command, commit, weights, held-out split, versions and hardware."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {
+        "command": "python -m eval.small_world " + " ".join(sys.argv[1:]),
+        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "seed": settings.seed,
+        "settings": to_dict(settings),
+        "weights_sha256": weights_hash(Path(settings.model)),
+        "held_out_fingerprint": fingerprint(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
+        | {"python": platform.python_version()},
+        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, device {settings.device}",
+    }
+
+
+def weights_hash(folder: Path) -> str:
+    """sha256 over the weight files of a model folder, in name order."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_manifest(folder: Path, settings: Settings) -> None:
+    """Refuse to mix answers of other weights or settings in one folder. Raises `ValueError` with what differs."""
+    manifest = {"settings": to_dict(settings), "weights_sha256": weights_hash(Path(settings.model))}
+    for name in ("output", "device", "mme_parser"):
+        manifest["settings"].pop(name)
+    path = folder / "manifest.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
+        if changed:
+            raise ValueError(f"{folder} holds answers of another run ({'; '.join(changed)}); give another output=")
+    write_json(path, manifest)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the model, evaluate it, write the results and print the main numbers."""
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        print(f"{__doc__}\n{Settings.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(Settings("")).items()))
+        return
+    settings = load_settings(Settings, os.devnull, arguments)
+    from orthus.modeling import OrthusForConditionalGeneration
+    from orthus.processing import OrthusProcessor
+
+    check_manifest(Path(settings.output), settings)
+    model = OrthusForConditionalGeneration.from_pretrained(settings.model).eval().to(torch.device(settings.device))
+    processor = OrthusProcessor.from_pretrained(settings.model)
+    result = {**evaluate(model, processor, settings), **provenance(settings)}
+    for folder in (settings.output, settings.model):
+        write_json(Path(folder) / RESULTS, result)
+    for name in ("small_geneval", "small_mme", "editing", "interleaved"):
+        best = result[name]["overall"]
+        print(f"{name}: {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}")
+
+
+if __name__ == "__main__":
+    main()
