@@ -20,6 +20,7 @@ from orthus import OrthusForConditionalGeneration, OrthusProcessor
 from orthus.data.schema import Segment, Turn
 from orthus.image_processing import load_image
 
+Tick = Callable[[int], Any]
 PICTURE = Path(__file__).parent / "example.png"
 PROMPTS = (
     "a photo of a red circle",
@@ -55,46 +56,31 @@ class Studio:
     image_guidance: float
     seed: int
 
-    def generators(self, num: int) -> list[torch.Generator]:
-        """One generator per row, so that a row's picture does not depend on the others."""
-        return [torch.Generator().manual_seed(self.seed + row) for row in range(num)]
+    def draw(self, prompts: Sequence[str], on_position: Tick) -> list[list[Segment]]:
+        turns = [[Turn("user", (prompt,))] for prompt in prompts]
+        streams = self.processor.guidance_streams(turns, self.guidance)
+        return self._generate(turns, on_position, modality="image", **streams)
 
-    def draw(self, prompts: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
-        inputs = self.processor(segments=[[prompt] for prompt in prompts])
-        return self._generate(inputs, len(prompts), on_position, modality="image", guidance=self.guidance)
+    def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Tick) -> list[list[Segment]]:
+        turns = [[Turn("user", (picture, question))] for question in questions]
+        return self._generate(turns, on_position, modality="text", max_new_tokens=96)
 
-    def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
-        inputs = self.processor(segments=[[picture, question] for question in questions])
-        return self._generate(inputs, len(questions), on_position, modality="text", max_new_tokens=96)
-
-    def edit(self, picture: Image.Image, instructions: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
+    def edit(self, picture: Image.Image, instructions: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         """Three streams: picture and instruction, picture only, neither."""
         turns = [[Turn("user", (picture, text))] for text in instructions]
-        image_only = self.processor.unconditional(turns, keep_images=True)
-        return self._generate(
-            self.processor(turns=turns),
-            len(turns),
-            on_position,
-            modality="image",
-            guidance=self.guidance,
-            image_guidance=self.image_guidance,
-            image_negative_input_ids=image_only["input_ids"],
-        )
+        streams = self.processor.guidance_streams(turns, self.guidance, self.image_guidance)
+        return self._generate(turns, on_position, modality="image", **streams)
 
-    def tell(self, requests: Sequence[str], on_position: Callable[[int], Any]) -> list[list[Segment]]:
-        inputs = self.processor(segments=[[request] for request in requests])
-        return self._generate(
-            inputs, len(requests), on_position, modality="interleaved", guidance=self.guidance, force_image=True
-        )
+    def tell(self, requests: Sequence[str], on_position: Tick) -> list[list[Segment]]:
+        turns = [[Turn("user", (request,))] for request in requests]
+        streams = self.processor.guidance_streams(turns, self.guidance)
+        return self._generate(turns, on_position, modality="interleaved", force_image=True, **streams)
 
-    def _generate(self, inputs: Any, num: int, on_position: Callable[[int], Any], **options: Any) -> list[list[Segment]]:
-        output = self.model.generate(
-            **inputs,
-            negative_input_ids=self.processor.unconditional_ids,
-            generator=self.generators(num),
-            on_position=on_position,
-            **options,
-        )
+    def _generate(self, turns: list[list[Turn]], on_position: Tick, **options: Any) -> list[list[Segment]]:
+        """One generator per row, so that a row does not depend on the others."""
+        generators = [torch.Generator().manual_seed(self.seed + row) for row in range(len(turns))]
+        inputs = self.processor(turns=turns)
+        output = self.model.generate(**inputs, generator=generators, on_position=on_position, **options)
         return self.processor.decode_segments(output)
 
 

@@ -97,9 +97,7 @@ def ask(
     return {request.key: _restore(done[request.key], folder) for request in requests}
 
 
-def _answer_batch(
-    model: Any, processor: Any, batch: Sequence[Request], decoding: Decoding, seeds: Sequence[int]
-) -> list[Answer]:
+def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding: Decoding, seeds: Sequence[int]) -> list[Answer]:
     turns = [[Turn("user", request.segments)] for request in batch]
     device = model.device
     inputs = processor(turns=turns).to(device)
@@ -116,8 +114,7 @@ def _answer_batch(
     ended = [processor.separator_token_id in row.tolist() for row in output.sequences]
     said = processor.decode_segments(output)
     return [
-        Answer(request.key, tuple(segments), has_ended)
-        for request, segments, has_ended in zip(batch, said, ended, strict=True)
+        Answer(request.key, tuple(segments), has_ended) for request, segments, has_ended in zip(batch, said, ended, strict=True)
     ]
 
 

@@ -49,9 +49,7 @@ def _swapped_colors(scene: Scene, rng: Generator) -> Scene:
         colors = [str(rng.choice([color for color in COLORS if color != colors[0]]))] * len(colors)
     else:
         colors = colors[1:] + colors[:1]
-    return replace(
-        scene, objects=tuple(replace(item, color=color) for item, color in zip(scene.objects, colors, strict=True))
-    )
+    return replace(scene, objects=tuple(replace(item, color=color) for item, color in zip(scene.objects, colors, strict=True)))
 
 
 def _random_count(scene: Scene, rng: Generator) -> Scene:
@@ -82,9 +80,7 @@ def geneval_floors(items: Sequence[Item], seed: int = 0) -> dict[str, dict[str, 
     floors["unrelated"] = _per_tag(
         items, [judge_caption(oracle(scenes[other]), item).correct for other, item in zip(shuffled, items, strict=True)]
     )
-    floors["ground_truth"] = _per_tag(
-        items, [judge_caption(oracle(scene), item).correct for scene, item in _both(scenes, items)]
-    )
+    floors["ground_truth"] = _per_tag(items, [judge_caption(oracle(scene), item).correct for scene, item in _both(scenes, items)])
     return floors
 
 
@@ -167,9 +163,7 @@ def story_floor(items: Sequence[StoryItem]) -> list[list[bool]]:
     return verdicts
 
 
-def validate_grader(
-    items: Sequence[Item], round_trip: RoundTrip | None = None, seed: int = 0
-) -> dict[str, dict[str, float]]:
+def validate_grader(items: Sequence[Item], round_trip: RoundTrip | None = None, seed: int = 0) -> dict[str, dict[str, float]]:
     """How the grader's verdicts agree with exact ones, per task, on true pictures after `round_trip`.
 
     Each picture is judged against its own prompt (true) and another prompt of its task (mostly false). `agreement` counts

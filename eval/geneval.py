@@ -92,9 +92,7 @@ def intersection_over_union(a: Box, b: Box) -> float:
     return shared / union if union else 0.0
 
 
-def filter_detections(
-    detections: Sequence[Detection], tag: str, options: Options = Options()
-) -> dict[str, list[Detection]]:
+def filter_detections(detections: Sequence[Detection], tag: str, options: Options = Options()) -> dict[str, list[Detection]]:
     """Detections kept per class, most confident first: score above the tag's threshold, then the best `max_objects`."""
     threshold = options.counting_threshold if tag == "counting" else options.threshold
     by_class: dict[str, list[Detection]] = {}
@@ -216,9 +214,7 @@ class _Tally:
     prompts: dict[Hashable, list[bool]] = field(default_factory=dict)
 
 
-def summarise(
-    results: Sequence[Mapping[str, Any]], protocol: Protocol = OFFICIAL, allow_partial: bool = False
-) -> dict[str, Any]:
+def summarise(results: Sequence[Mapping[str, Any]], protocol: Protocol = OFFICIAL, allow_partial: bool = False) -> dict[str, Any]:
     """Scores of a run from its results ("tag", "correct" and "metadata", a JSON string or anything hashable, each).
 
     "overall" is the unweighted mean of the task scores, the number that papers quote. A run that lacks prompts,

@@ -33,10 +33,10 @@ PALETTE: dict[str, tuple[int, int, int]] = {
     "brown": (124, 75, 35),
     "black": (22, 23, 27),
 }
-"""sRGB medians of object interiors, measured over pictures with noise and blur (`measure_palette` in the tests)."""
+"""sRGB medians of object interiors, measured on pictures with slight noise and blur."""
 UNKNOWN = "unknown"
 MIN_SCORE = 0.78
-GOOD_SCORE = 0.86
+GOOD_SCORE = 0.94
 MAX_CUTS = 3
 """How often a blob may be cut; the search for cuts ends at a pair of parts that both reach the good score."""
 MAX_COLOR_DISTANCE = 24.0
@@ -132,7 +132,7 @@ def _color_labels(image: Image, background: Array) -> tuple[Labels, npt.NDArray[
     distance = np.linalg.norm(to_lab(image)[..., None, :] - PALETTE_LAB, axis=-1)  # (H, W, 9)
     core = np.where(foreground & (distance.min(-1) < CORE_DISTANCE), distance.argmin(-1), -1)
     areas = connected_components(core)
-    number, index, count = np.unique(areas, return_inverse=True, return_counts=True)
+    _, index, count = np.unique(areas, return_inverse=True, return_counts=True)
     scale = (image.shape[0] / 64) ** 2
     core = np.where((count < 5 * scale)[index.reshape(areas.shape)], -1, core)
     labels = _grow(core, foreground, _residuals(pixels, background))
@@ -208,10 +208,10 @@ def _explain(blob: _Blob, scale: float, depth: int) -> list[tuple[Fit, _Blob]] |
 
 
 def _cuts(mask: Array, scale: float) -> list[npt.NDArray[np.bool_]]:
-    """The most promising straight cuts, as the pixels on one side: those that least coverage crosses, in 8 directions."""
+    """The best straight cuts in 8 directions, as the pixels on one side: least coverage crossed, then the most even."""
     rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]]
     total = float(mask.sum())
-    candidates = []
+    candidates: list[tuple[int, float, npt.NDArray[np.bool_]]] = []
     for angle in np.arange(8) * np.pi / 8:
         along = columns * np.cos(angle) + rows * np.sin(angle)
         for cut in np.arange(np.floor(along.min()) + 0.5, along.max()):
@@ -219,7 +219,7 @@ def _cuts(mask: Array, scale: float) -> list[npt.NDArray[np.bool_]]:
             share = float(mask[side].sum()) / total
             if min(share, 1 - share) > 0.12:
                 crossing = float(mask[np.abs(along - cut) < 1].sum())
-                candidates.append((crossing, len(candidates), side))
+                candidates.append((round(crossing / 2), abs(share - 0.5), side))
     return [side for _, _, side in sorted(candidates, key=lambda candidate: candidate[:2])[: int(12 * max(1, scale))]]
 
 
@@ -275,6 +275,4 @@ def _describe(
 
 def as_judged(detections: Sequence[Detection]) -> list[Judged]:
     """The same detections for `eval.geneval.verdict`; unknown ones keep the class "unknown", which no prompt names."""
-    return [
-        Judged(d.shape if d.is_known and d.shape in SHAPES else UNKNOWN, d.score, d.box, d.color) for d in detections
-    ]
+    return [Judged(d.shape if d.is_known and d.shape in SHAPES else UNKNOWN, d.score, d.box, d.color) for d in detections]

@@ -14,8 +14,11 @@ import numpy.typing as npt
 
 from eval.grader import UNKNOWN, Detection
 
-HUES = (("red", 0.0, 16.0), ("orange", 16.0, 41.0), ("yellow", 41.0, 70.0), ("green", 70.0, 170.0), ("blue", 190.0, 250.0))
-HUES += (("purple", 250.0, 300.0), ("pink", 300.0, 345.0), ("red", 345.0, 361.0))  # degrees
+HUES: tuple[tuple[str, float, float], ...] = (
+    ("red", 0.0, 16.0), ("orange", 16.0, 41.0), ("yellow", 41.0, 70.0), ("green", 70.0, 170.0), ("blue", 190.0, 250.0),
+    ("purple", 250.0, 300.0), ("pink", 300.0, 345.0), ("red", 345.0, 361.0),
+)  # fmt: skip
+"""(name, from, to) in degrees."""
 ZONES = 4
 MAX_DISTANCE = 0.9
 # fmt: off
@@ -65,9 +68,7 @@ def _pixel_name(red: int, green: int, blue: int) -> str:
     return "" if is_pale else name
 
 
-def _flood(
-    names: list[list[str]], y: int, x: int, seen: set[tuple[int, int]]
-) -> list[tuple[int, int]]:
+def _flood(names: list[list[str]], y: int, x: int, seen: set[tuple[int, int]]) -> list[tuple[int, int]]:
     """Pixels (y, x) of equal name that touch by a side or a corner."""
     name, stack, area = names[y][x], [(y, x)], []
     seen.add((y, x))

@@ -34,9 +34,7 @@ def pixels(image: Image.Image) -> npt.NDArray[np.uint8]:
 
 def oracle(scene: Scene) -> list[Judged]:
     """The detections of a perfect grader."""
-    boxes = [
-        (o.x - o.size / 2, o.y - o.size / 2, o.x + o.size / 2, o.y + o.size / 2) for o in scene.objects
-    ]  # (x0, y0, x1, y1)
+    boxes = [(o.x - o.size / 2, o.y - o.size / 2, o.x + o.size / 2, o.y + o.size / 2) for o in scene.objects]  # (x0, y0, x1, y1)
     return [Judged(o.shape, 1.0, box, o.color) for o, box in zip(scene.objects, boxes, strict=True)]
 
 
@@ -49,9 +47,7 @@ def geneval_requests(items: Sequence[Mapping[str, Any]]) -> list[Request]:
     return [Request(f"{number:05d}", (item["prompt"],)) for number, item in enumerate(items)]
 
 
-def grade_geneval(
-    items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], second: Detector
-) -> list[dict[str, Any]]:
+def grade_geneval(items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], second: Detector) -> list[dict[str, Any]]:
     """One record per picture in GenEval's results form, with the second grader's verdict beside ours."""
     records = []
     for number, item in enumerate(items):
@@ -122,9 +118,7 @@ def _match(wanted: Sequence[Clause], found: Sequence[SceneObject], image_size: i
     return None
 
 
-def match_clauses(
-    clauses: Sequence[Clause], found: Sequence[SceneObject], image_size: int
-) -> list[SceneObject] | None:
+def match_clauses(clauses: Sequence[Clause], found: Sequence[SceneObject], image_size: int) -> list[SceneObject] | None:
     """Objects for the clauses in order, each object once (a count is that many clauses); None where one lacks."""
     singles = [dict(clause, count=1) for clause in clauses for _ in range(clause["count"])]
     order = sorted(range(len(singles)), key=lambda i: (singles[i]["cell"] is None, singles[i]["color"] is None))
@@ -177,9 +171,6 @@ def judge_story(item: StoryItem, answer: Answer) -> dict[str, Any]:
     well_formed = answer.has_ended and kinds in ("tp" * num_expected, "tp" * num_expected + "t")
     size = item.story.pictures[0].image_size
     pictures = answer.pictures[:num_expected]
-    right = [
-        judge_content(clauses, detect(pixels(image)), size)
-        for clauses, image in zip(item.expected, pictures, strict=False)
-    ]
+    right = [judge_content(clauses, detect(pixels(image)), size) for clauses, image in zip(item.expected, pictures, strict=False)]
     right += [False] * (num_expected - len(right))
     return {"well_formed": well_formed, "pictures": right, "all_right": all(right), "form": kinds}

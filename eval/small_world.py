@@ -304,9 +304,8 @@ def weights_hash(folder: Path) -> str:
 
 def check_manifest(folder: Path, settings: Settings) -> None:
     """Refuse to mix answers of other weights or settings in one folder. Raises `ValueError` with what differs."""
-    manifest = {"settings": to_dict(settings), "weights_sha256": weights_hash(Path(settings.model))}
-    for name in ("output", "device", "mme_parser"):
-        manifest["settings"].pop(name)
+    kept = {name: value for name, value in to_dict(settings).items() if name not in ("output", "device", "mme_parser")}
+    manifest = {"settings": kept, "weights_sha256": weights_hash(Path(settings.model))}
     path = folder / "manifest.json"
     if path.exists():
         changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)

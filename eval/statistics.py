@@ -130,13 +130,13 @@ def _resample(strata: Mapping[str, Task], num_resamples: int, seed: int) -> tupl
     value, means = 0.0, np.zeros(num_resamples)
     for name, task in strata.items():
         sums, counts = _cluster_sums(task, name)
-        value += sums.sum() / counts.sum() / len(strata)
+        value += sums.sum() / counts.sum()
         size = max(1, CHUNK // len(sums))
         for start in range(0, num_resamples, size):
             rows = min(size, num_resamples - start)
             drawn = rng.integers(0, len(sums), (rows, len(sums)))
-            means[start : start + rows] += sums[drawn].sum(1) / counts[drawn].sum(1) / len(strata)
-    return float(value), means
+            means[start : start + rows] += sums[drawn].sum(1) / counts[drawn].sum(1)
+    return float(value) / len(strata), means / len(strata)
 
 
 def _percentiles(means: Array, level: float) -> tuple[float, float]:

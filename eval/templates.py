@@ -58,7 +58,7 @@ def _heart() -> list[Point]:
     left = [(x, y) for y, x in HEART_LEFT]
     rise = [(0.36, 0.008), (0.45, 0.045)]
     half = [notch, *reversed(rise), *left]
-    return half + [(1 - x, y) for x, y in reversed(half[1:-1])]
+    return [*half, *((1 - x, y) for x, y in reversed(half[1:-1]))]
 
 
 POLYGONS: dict[str, list[Point]] = {
@@ -67,8 +67,10 @@ POLYGONS: dict[str, list[Point]] = {
     "diamond": [(0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)],
     "star": _star(),
     "heart": _heart(),
-    "cross": [(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65)]
-    + [(0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
+    "cross": [
+        *[(0.35, 0), (0.65, 0), (0.65, 0.35), (1, 0.35), (1, 0.65), (0.65, 0.65)],
+        *[(0.65, 1), (0.35, 1), (0.35, 0.65), (0, 0.65), (0, 0.35), (0.35, 0.35)],
+    ],
     "arrow": [(0, 0.35), (0.5, 0.35), (0.5, 0), (1, 0.5), (0.5, 1), (0.5, 0.65), (0, 0.65)],
 }
 ELLIPSES: dict[str, list[tuple[float, float, float, float]]] = {
@@ -104,7 +106,7 @@ def _moments() -> Array:
     return np.stack([[_moments_of(mask.sum(axis), at) for axis in (0, 1)] for mask in templates()]).astype(np.float32)
 
 
-def _moments_of(profile: Array, at: npt.NDArray[np.float64]) -> tuple[float, float]:
+def _moments_of(profile: Array, at: npt.NDArray[np.floating]) -> tuple[float, float]:
     """Mean and standard deviation of positions `at` under the weights of a profile."""
     weights = profile / max(float(profile.sum()), 1e-6)
     mean = float((weights * at).sum())
@@ -142,7 +144,7 @@ def _search(
         lengths.append(size)
         weights.append(_overlaps(start, size, len(pixels)))
     ratio = lengths[1][:, :, None] / lengths[0][:, None, :]
-    squareness = np.clip(1.0 - 1.5 * np.clip(np.maximum(ratio, 1 / ratio) - 1.25, 0, None), 0, 1)  # (n, a, b)
+    squareness = np.clip(1.0 - 2.0 * np.clip(np.maximum(ratio, 1 / ratio) - 1.15, 0, None), 0, 1)  # (n, a, b)
     scores = np.maximum(*(_soft_iou(mask, weights[1], weights[0], chosen, blur) for blur in BLURS)) * squareness
     flat = scores.reshape(len(chosen), -1)
     boxes = []

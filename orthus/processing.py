@@ -106,7 +106,7 @@ class OrthusProcessor(ProcessorMixin):
         settings = {name: saved[name] for name in _SETTINGS if name in saved} | overrides
         image_processor = OrthusImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if tokenizer.decode(_encode(tokenizer, "a b")) != "a b":  # a byte-level file read by a SentencePiece class
+        if tokenizer.decode(list(_encode(tokenizer, "a b"))) != "a b":  # a byte-level file read by a SentencePiece class
             raise ValueError(f"{type(tokenizer).__name__} loses spaces; set tokenizer_class in tokenizer_config.json")
         return cls(image_processor, tokenizer, **settings)
 
@@ -159,9 +159,7 @@ class OrthusProcessor(ProcessorMixin):
             raise ValueError(f"the last turn is the {role}'s, so there is nothing to answer; end with a user turn")
         return Rendered(ids, labels, images)
 
-    def _batch(
-        self, rendered: Sequence[Rendered], padding: bool | str = True, return_tensors: str = "pt"
-    ) -> BatchFeature:
+    def _batch(self, rendered: Sequence[Rendered], padding: bool | str = True, return_tensors: str = "pt") -> BatchFeature:
         """-> `input_ids (B, T)`, `attention_mask (B, T)`, and `pixel_values (N, 3, H, W)` if there are pictures."""
         if return_tensors != "pt":
             raise ValueError(f"return_tensors = {return_tensors!r}; only 'pt' is supported")
@@ -243,6 +241,22 @@ class OrthusProcessor(ProcessorMixin):
                 raise ValueError(f"prompt {place} has no picture to keep; use keep_images=False for it")
             rows.append(kept if keep_images else [self.unconditional_prompt if prompt is None else prompt])
         return self._batch([self.render([user_turn(row)], add_generation_prompt=True) for row in rows])
+
+    @property
+    def unconditional_ids(self) -> torch.Tensor:
+        """`(1, P)`: the unconditional prompt, for `generate(negative_input_ids=...)` with any number of rows."""
+        turn = user_turn([self.unconditional_prompt])
+        return torch.tensor([self.render([turn], add_generation_prompt=True).input_ids])
+
+    def guidance_streams(self, turns: Any, guidance: float, image_guidance: float | None = None) -> dict[str, Any]:
+        """The arguments of `generate` for guidance: two streams, or three with `image_guidance` (every row has a picture)."""
+        streams: dict[str, Any] = {"guidance": guidance, "negative_input_ids": self.unconditional_ids}
+        if image_guidance is not None:
+            pictures = self.unconditional(turns, keep_images=True)
+            streams["image_guidance"] = image_guidance
+            streams["image_negative_input_ids"] = pictures["input_ids"]
+            streams["image_negative_attention_mask"] = pictures["attention_mask"]
+        return streams
 
     # Tensors -> segments
 

@@ -41,9 +41,7 @@ def test_parsers_on_odd_answers(answer, official, lmms, strict):
 
 def records(answers, num_images=10):
     cycle = itertools.cycle(answers)
-    return [
-        Record(f"image{index}", "Is it?", truth, next(cycle)) for index in range(num_images) for truth in ("Yes", "No")
-    ]
+    return [Record(f"image{index}", "Is it?", truth, next(cycle)) for index in range(num_images) for truth in ("Yes", "No")]
 
 
 def test_floors():

@@ -48,9 +48,7 @@ def processor() -> OrthusProcessor:
 def examples_of(batch: dict[str, torch.Tensor]) -> list[tuple[list[int], list[int]]]:
     """(input_ids, labels) of every example of a batch, padding left out."""
     found = []
-    for ids, positions, labels in zip(
-        *(batch[name].tolist() for name in ("input_ids", "position_ids", "labels")), strict=True
-    ):
+    for ids, positions, labels in zip(*(batch[name].tolist() for name in ("input_ids", "position_ids", "labels")), strict=True):
         starts = [place for place, position in enumerate(positions) if position == 0] + [len(ids)]
         for start, end in itertools.pairwise(starts):
             assert positions[start:end] == list(range(end - start))
@@ -73,9 +71,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_packed_examples_are_those_of_render_with_their_pictures(processor: OrthusProcessor) -> None:
     loader = PackedLoader(Endless(), processor, rows_per_batch=3, row_length=64)
     for batch in itertools.islice(loader, 4):
-        assert all(
-            batch[name].shape == (3, 64) and batch[name].dtype == torch.int64 for name in ("input_ids", "labels")
-        )
+        assert all(batch[name].shape == (3, 64) and batch[name].dtype == torch.int64 for name in ("input_ids", "labels"))
         images = []
         for ids, labels in examples_of(batch):
             rendered = processor.render(Endless()[index_of(processor, ids)].turns)
@@ -98,9 +94,7 @@ def test_ranks_share_the_examples_without_overlap(processor: OrthusProcessor) ->
     for start in (0, 1, 7):
         seen = []
         for rank in range(3):
-            loader = PackedLoader(
-                Endless(), processor, 2, 64, rank=rank, world_size=3, start_index=start, buffer_size=1
-            )
+            loader = PackedLoader(Endless(), processor, 2, 64, rank=rank, world_size=3, start_index=start, buffer_size=1)
             mine = [index_of(processor, ids) for batch in itertools.islice(loader, 3) for ids, _ in examples_of(batch)]
             assert mine == [start + (rank - start) % 3 + 3 * number for number in range(len(mine))]
             seen += mine
@@ -126,9 +120,7 @@ def test_a_state_of_another_loader_is_refused(processor: OrthusProcessor) -> Non
     state = PackedLoader(Endless(), processor, 2, 64).state_dict()
     for arguments in ({"rank": 1, "world_size": 2}, {"row_length": 32}, {"seed": 1}, {"buffer_size": 8}):
         with pytest.raises(ValueError, match="make them equal"):
-            PackedLoader(Endless(), processor, **{"rows_per_batch": 2, "row_length": 64, **arguments}).load_state_dict(
-                state
-            )
+            PackedLoader(Endless(), processor, **{"rows_per_batch": 2, "row_length": 64, **arguments}).load_state_dict(state)
 
 
 @pytest.mark.parametrize("seed", [None, 0])

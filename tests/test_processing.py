@@ -66,9 +66,9 @@ def save_published(folder: Path) -> None:
                              "eos_token": "</s>", "unk_token": "<unk>"},
         "processor_config": {"image_seq_length": 1024, "processor_class": "ChameleonProcessor"},
         "preprocessor_config": {
-            "crop_size": square, "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True,
-            "do_rescale": True, "do_resize": True, "image_mean": [1.0] * 3,
-            "image_processor_type": "ChameleonImageProcessor", "image_std": [1.0] * 3, "resample": 1, "rescale_factor": 0.0078, "size": {"shortest_edge": 512},
+            "image_processor_type": "ChameleonImageProcessor", "size": {"shortest_edge": 512}, "crop_size": square,
+            "do_center_crop": True, "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True,
+            "image_mean": [1.0] * 3, "image_std": [1.0] * 3, "resample": 1, "rescale_factor": 0.0078,
         },
         "config": {"model_type": "chameleon"},
     }  # fmt: skip
@@ -171,9 +171,7 @@ def test_calling_styles_agree(processor: OrthusProcessor, tmp_path: Path) -> Non
         for name in other:
             # "<image>" at the ends of a text leaves empty strings, which add nothing
             assert torch.equal(other[name], by_segments[name]), name
-    assert torch.equal(
-        processor.apply_chat_template(chats[0], return_dict=False), processor(segments=rows[0])["input_ids"]
-    )
+    assert torch.equal(processor.apply_chat_template(chats[0], return_dict=False), processor(segments=rows[0])["input_ids"])
     assert by_segments["pixel_values"].shape == (2, 3, 16, 16)
 
 
@@ -301,9 +299,7 @@ def test_outputs_that_contradict_themselves_are_refused(processor: OrthusProcess
     whole = [BOI, IMG, IMG, IMG, IMG, EOI, SEP]
     for num_pixels in (0, 2):
         with pytest.raises(ValueError, match=f"1 whole pictures but its pixel_values {num_pixels}"):
-            processor.decode_segments(
-                SimpleNamespace(sequences=[whole], pixel_values=[torch.zeros(num_pixels, 3, 16, 16)])
-            )
+            processor.decode_segments(SimpleNamespace(sequences=[whole], pixel_values=[torch.zeros(num_pixels, 3, 16, 16)]))
     with pytest.raises(ValueError, match="pass one each"):
         processor.decode_segments(SimpleNamespace(sequences=[whole], pixel_values=[]))
 

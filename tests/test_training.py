@@ -31,9 +31,7 @@ MUON = OptimSettings(optimizer="muon", peak_lr=1e-2, warmup_steps=2)
 
 
 def run_settings(folder: Path, num_steps: int = 8, **changes) -> RunSettings:
-    return RunSettings(
-        **{"output_dir": str(folder), "num_steps": num_steps, "log_every": 2, "num_threads": 1, **changes}
-    )
+    return RunSettings(**{"output_dir": str(folder), "num_steps": num_steps, "log_every": 2, "num_threads": 1, **changes})
 
 
 def tiny_model(noise_scale: float = 1.0) -> TinyModel:
@@ -153,9 +151,7 @@ def command(folder: Path, num_steps: int) -> subprocess.Popen[bytes]:
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, str(folder), str(num_steps)], env=environment, stderr=subprocess.DEVNULL
-    )
+    return subprocess.Popen([sys.executable, "-c", code, str(folder), str(num_steps)], env=environment, stderr=subprocess.DEVNULL)
 
 
 def wait_for_first_checkpoint(folder: Path) -> None:

@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 NPROC="${NPROC:-2}"
 OUT="${OUT:-runs/small}"
-python -m train.autoencoder configs/small/autoencoder.yaml run.output_dir="$OUT/autoencoder"
+torchrun --nproc-per-node "$NPROC" -m train.autoencoder configs/small/autoencoder.yaml run.output_dir="$OUT/autoencoder"
 torchrun --nproc-per-node "$NPROC" -m train.pretrain configs/small/base.yaml \
     run.output_dir="$OUT/base" autoencoder="$OUT/autoencoder/final"
 torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/posttrain.yaml \

@@ -87,9 +87,7 @@ def fit(
     log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=state.step) if rank() == 0 else None
     batches = _endless(loader)
     is_terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=run.num_steps, initial=state.step, disable=rank() > 0, unit="step", mininterval=0.5 if is_terminal else 30
-    )
+    bar = tqdm(total=run.num_steps, initial=state.step, disable=rank() > 0, unit="step", mininterval=0.5 if is_terminal else 30)
     with _sigterm() as terminated, bar:
         while state.step < run.num_steps:
             started = time.perf_counter()

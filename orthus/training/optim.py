@@ -38,9 +38,7 @@ def build_optimizers(model: nn.Module, settings: OptimSettings) -> list[Optimize
         matrices = [p for name, p in trainable.items() if name in muon_names]
         muon_group = {"params": matrices, "peak_lr": settings.muon_lr}
         optimizers.append(
-            torch.optim.Muon(
-                [muon_group], lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="original"
-            )
+            torch.optim.Muon([muon_group], lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="original")
         )
     groups = []
     for names, weight_decay in ((decayed - muon_names, settings.weight_decay), (trainable.keys() - decayed, 0.0)):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from PIL import Image
@@ -74,18 +74,12 @@ def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Pat
     def draw(model: nn.Module, step: int) -> None:
         orthus = cast(OrthusForConditionalGeneration, model)
         turns = [[Turn("user", (prompt,))] for prompt in samples.prompts]
-        inputs = processor(turns=turns)
-        negative: dict[str, Any] = {}
-        if samples.guidance != 1.0:
-            uncond = processor.unconditional(turns)
-            negative = {"negative_input_ids": uncond["input_ids"], "negative_attention_mask": uncond["attention_mask"]}
         was_training = orthus.training
         orthus.eval()
         output = orthus.generate(
-            **inputs,
-            **negative,
+            **processor(turns=turns),
+            **processor.guidance_streams(turns, samples.guidance),
             modality="image",
-            guidance=samples.guidance,
             num_diffusion_steps=samples.num_diffusion_steps,
             generator=torch.Generator().manual_seed(0),
         )
