@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
@@ -291,7 +291,8 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     def _check_latents(self, latents: Tensor) -> None:
         expected = (self.config.num_latents, self.config.head_config.latent_dim)
         if latents.ndim != 3 or tuple(latents.shape[1:]) != expected:
-            raise ValueError(f"image latents of shape {tuple(latents.shape)}, expected (N, {expected[0]}, {expected[1]})")
+            found = tuple(latents.shape)
+            raise ValueError(f"image latents have shape {found}, expected (N, {expected[0]}, {expected[1]})")
 
     def _check_length(self, num_new: int, past_key_values: Cache | None) -> None:
         length = num_new + (past_key_values.get_seq_length() if past_key_values is not None else 0)
@@ -301,7 +302,9 @@ class OrthusForConditionalGeneration(PreTrainedModel):
 
     # ------------------------------------------------------------------ generation
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> "generation.OrthusGenerateOutput":
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> generation.OrthusGenerateOutput:
         """Continue a batch of prompts with text, an image, or both; all options are in [`generation.generate`]."""
         return generation.generate(self, input_ids, attention_mask, **options)
 
@@ -310,3 +313,7 @@ def positions_from_mask(attention_mask: Tensor) -> Tensor:
     """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
     positions = attention_mask.long().cumsum(-1) - 1
     return positions.masked_fill(attention_mask == 0, 1)
+
+
+AutoConfig.register(OrthusConfig.model_type, OrthusConfig, exist_ok=True)
+AutoModelForImageTextToText.register(OrthusConfig, OrthusForConditionalGeneration, exist_ok=True)

@@ -2,20 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from orthus.data.schema import Example, Turn
-
-
-class ExampleSource(Protocol):
-    """Examples by index."""
-
-    def __getitem__(self, index: int) -> Example: ...
-
-    def __len__(self) -> int: ...
+from orthus.data.schema import Example, ExampleSource, Turn
 
 
 class ConditionDropping:
@@ -36,7 +27,7 @@ class ConditionDropping:
         self.source, self.fractions, self.prompt, self.seed = source, dict(fractions), prompt, seed
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.source)  # type: ignore[arg-type]  # only asked where the source has a length
 
     def __getitem__(self, index: int) -> Example:
         example = self.source[index]

@@ -4,20 +4,14 @@ import hashlib
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from orthus.data.schema import Example
+from orthus.data.schema import ExampleSource
 from orthus.processing import IGNORE_INDEX, OrthusProcessor, Rendered
 
 MIN_SEEN = 100  # examples before a fraction of dropped ones means anything
-
-
-class ExampleSource(Protocol):
-    """Anything indexable. With a length it is read again and again; without one it is taken to be endless."""
-
-    def __getitem__(self, index: int, /) -> Example: ...
 
 
 @dataclass(frozen=True)

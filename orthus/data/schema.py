@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 from PIL import Image
 
@@ -51,3 +51,9 @@ class Example:
         for place, turn in enumerate(self.turns):
             if not isinstance(turn, Turn):
                 raise TypeError(f"turn {place} is a {type(turn).__name__}; pass Turn(role, segments)")
+
+
+class ExampleSource(Protocol):
+    """Anything indexable. With a length it is read again and again; without one it is taken to be endless."""
+
+    def __getitem__(self, index: int, /) -> Example: ...
