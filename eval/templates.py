@@ -1,6 +1,8 @@
 """Shape templates of the grader: drawn here with polygons and ellipses, and fitted to a soft mask by soft IoU.
 
-Nothing comes from the renderer. The outlines were measured on large pictures of each class; every class fills its box.
+No code comes from the renderer, but its outlines do: the heart was traced from a large picture, the star's notches were
+set to its area, and the proportions of cross, ring, moon and arrow are those that the renderer states. Every class fills
+its box.
 """
 
 from __future__ import annotations

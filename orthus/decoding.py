@@ -44,6 +44,7 @@ class Drawing:
 
     guidance: float
     image_guidance: float | None
+    guidance_interval: tuple[float, float]
     num_diffusion_steps: int | None
     solver: str | None
     noise: Tensor | None  # (B, num_images, L, C)
@@ -202,6 +203,7 @@ class DecodingLoop:
             uncond=streams[-1] if len(streams) > 1 else None,
             image_cond=streams[1] if len(streams) == 3 else None,
             image_guidance=drawing.image_guidance,
+            guidance_interval=drawing.guidance_interval,
             num_diffusion_steps=drawing.num_diffusion_steps,
             solver=drawing.solver,
             noise=self._noise(rows, hidden),

@@ -155,6 +155,14 @@ class DiffusionHead(nn.Module):
             raise ValueError(f"solver={solver!r} needs objective=flow_matching; this head has v_prediction: use ddim")
         return diffusion.ddim_steps(self.alphas_cumprod, num_diffusion_steps)
 
+    def is_guided(self, times: Tensor, interval: tuple[float, float]) -> list[bool]:
+        """Whether guidance acts at each of the sampler's `times` `(S,)`."""
+        low, high = interval
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval={interval} is no interval within [0, 1]")
+        unit = 1.0 if self.config.objective == "flow_matching" else self.config.num_train_timesteps
+        return [low <= time / unit <= high for time in times.tolist()]
+
     @torch.no_grad()
     def sample(
         self,
@@ -164,6 +172,7 @@ class DiffusionHead(nn.Module):
         uncond: Tensor | None = None,
         image_cond: Tensor | None = None,
         image_guidance: float | Tensor | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         num_diffusion_steps: int | None = None,
         solver: str | None = None,
         noise: Tensor | None = None,
@@ -176,6 +185,8 @@ class DiffusionHead(nn.Module):
             uncond: `(N, D)` hidden states of the unconditional stream, needed when guidance is not 1.
             image_cond: `(N, D)` of the stream that sees the picture but not the instruction (editing):
                 `v = v_uncond + image_guidance (v_image - v_uncond) + guidance (v_cond - v_image)`.
+            guidance_interval: part of the diffusion time, 0 (data) to 1 (noise), in which guidance acts; outside of it the full
+                stream alone counts (arXiv 2404.07724).
             noise: `(N, C)` standard normal start, shared by the streams; drawn with `generator` when None.
         """
         if uncond is None and isinstance(guidance, (int, float)) and guidance != 1.0:
@@ -195,8 +206,9 @@ class DiffusionHead(nn.Module):
         times = self.embed_times(steps.times.to(cond.device))  # (S, W)
         conditioning = times[:, None, None] + self.cond_embed(streams)  # (S, streams, N, W)
         modulations = self.modulations(conditioning)
+        guided = self.is_guided(steps.times, guidance_interval)
         for index, (c_x, c_v) in enumerate(zip(steps.c_x.tolist(), steps.c_v.tolist(), strict=True)):
-            noised = x.to(dtype).expand(len(streams), *shape)
-            v = self.denoise(noised, [modulation[index] for modulation in modulations])
+            used = len(streams) if guided[index] else 1
+            v = self.denoise(x.to(dtype).expand(used, *shape), [modulation[index, :used] for modulation in modulations])
             x = c_x * x + c_v * diffusion.guide(v.to(state_dtype), guidance, image_guidance)
         return x / self.config.latent_scale

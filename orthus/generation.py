@@ -42,6 +42,7 @@ def generate(
     image_guidance: float | None = None,
     image_negative_input_ids: Tensor | None = None,
     image_negative_attention_mask: Tensor | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     num_diffusion_steps: int | None = None,
     solver: str | None = None,
     max_images: int | None = None,
@@ -65,6 +66,7 @@ def generate(
         guidance: classifier-free guidance weight of the text; other than 1 it needs `negative_input_ids` `(1 | B, P')`.
         image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
             images and without its text.
+        guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
         max_images: images per row (default 1 for `"image"`, 4 for `"interleaved"`).
         force_image: a row that would end without an image draws one instead.
         max_new_tokens: bound on new positions per row, image positions included.
@@ -84,7 +86,7 @@ def generate(
     if guidance != 1.0 or image_guidance is not None:
         streams.append(_stream("guidance", negative_input_ids, negative_attention_mask, input_ids, None))
     limits = _limits(model, modality, max_new_tokens, max_images, force_image, max(len(s.input_ids[0]) for s in streams))
-    drawing = Drawing(guidance, image_guidance, num_diffusion_steps, solver, noise, generator)
+    drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
     _check_draws(model, drawing, len(input_ids), limits.max_images)
     warpers = LogitsProcessorList()
     if do_sample and temperature != 1.0:

@@ -60,6 +60,6 @@ def shapes_of_7b() -> dict[str, tuple[int, ...]]:
         name, text = line.split("\t")
         shape = tuple(int(size) for size in text.strip("()").split(",") if size.strip())
         head, braces, tail = name.partition("{0..31}")
-        for name in [f"{head}{index}{tail}" for index in range(32)] if braces else [name]:
-            shapes[name] = shape
+        layers = range(32) if braces else [""]
+        shapes |= {f"{head}{layer}{tail}": shape for layer in layers}
     return shapes

@@ -40,7 +40,9 @@ def assert_near(actual: Tensor, expected: Tensor, max_abs: float, rms: float | N
     assert rms is None or deviation.square().mean().sqrt() <= rms * scale
 
 
-def assert_logits(actual: Tensor, expected: dict[str, Tensor], name: str, mask: Tensor | None = None, max_abs: float = 1e-4) -> None:
+def assert_logits(
+    actual: Tensor, expected: dict[str, Tensor], name: str, mask: Tensor | None = None, max_abs: float = 1e-4
+) -> None:
     """Chosen columns, log-sum-exp and argmax of `(B, T, V)` logits where `mask` is 1."""
     keep = torch.ones(actual.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     actual = actual[keep]
@@ -98,7 +100,9 @@ def test_interleaved_batch_with_left_padding(published: OrthusForConditionalGene
     item = golden("04_interleaved")
     mask = item["batch_attention_mask"]
     with torch.no_grad():
-        hidden = published(item["batch_input_ids"], attention_mask=mask, image_latents=latents, skip_logits=True).last_hidden_state
+        hidden = published(
+            item["batch_input_ids"], attention_mask=mask, image_latents=latents, skip_logits=True
+        ).last_hidden_state
     kept = mask[:, item["rows"]].bool()
     assert mask.min() == 0
     assert_near(hidden[:, item["rows"]][kept], item["batch_last_hidden"][kept], 1e-2, rms=5e-4)
@@ -149,11 +153,16 @@ def training_labels(name: str, input_ids: Tensor, image_token: int, num_latents:
     return input_ids.where(is_target, -100)
 
 
+def training_noise(name: str, shape: tuple[int, int]) -> Tensor:
+    """All draws at once, as the published `randn_like` makes them."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(int(golden_settings(name)["noise_seed"])))
+
+
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_loss_and_gradients(published: OrthusForConditionalGeneration, latents: Tensor, name: str) -> None:
     item, settings = golden(name), golden_settings(name)
     config, timesteps = published.config, item["timesteps"]
-    noise = torch.randn(len(timesteps), latents.shape[-1], generator=torch.Generator().manual_seed(int(settings["noise_seed"])))
+    noise = training_noise(name, (len(timesteps), latents.shape[-1]))
     labels = training_labels(name, item["input_ids"], config.image_token_id, config.num_latents)
     published.train()
     output = published(item["input_ids"], image_latents=latents, labels=labels, timesteps=timesteps, noise=noise)
@@ -175,7 +184,7 @@ def test_training_loss_and_gradients(published: OrthusForConditionalGeneration, 
 @pytest.mark.parametrize("name", TRAINING)
 def test_training_pairs_and_text_logits(published: OrthusForConditionalGeneration, latents: Tensor, name: str) -> None:
     """The hidden states that condition the first latents, what the head sees and predicts there, and the text logits."""
-    item, settings, config = golden(name), golden_settings(name), published.config
+    item, config = golden(name), published.config
     labels = training_labels(name, item["input_ids"], config.image_token_id, config.num_latents)
     with torch.no_grad():
         output = published(item["input_ids"], image_latents=latents)
@@ -184,10 +193,10 @@ def test_training_pairs_and_text_logits(published: OrthusForConditionalGeneratio
         predicted = published.diffusion_head(item["noised"], times, item["cond"])
     assert_near(cond, item["cond"], 1e-2)
     assert_near(predicted, item["predicted"], 1e-4)
-    first = latents[1:] if name.endswith("edit") else latents
-    noise = torch.randn(len(item["timesteps"]), latents.shape[-1], generator=torch.Generator().manual_seed(int(settings["noise_seed"])))
+    first = (latents[1:] if name.endswith("edit") else latents).flatten(0, 1)[: len(cond)]
+    noise = training_noise(name, (len(item["timesteps"]), latents.shape[-1]))[: len(cond)]
     alpha = published.diffusion_head.alphas_cumprod[times].unsqueeze(-1)
-    noised = alpha.sqrt() * config.head_config.latent_scale * first.flatten(0, 1)[: len(cond)] + (1 - alpha).sqrt() * noise[: len(cond)]
+    noised = alpha.sqrt() * config.head_config.latent_scale * first + (1 - alpha).sqrt() * noise
     assert_near(noised, item["noised"], 1e-5)
     if "sel" in item:
         assert_logits(output.logits[:, item["sel"]], item, "sel", max_abs=1e-2)

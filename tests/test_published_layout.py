@@ -163,6 +163,8 @@ def test_chameleon_without_head_is_a_base_to_train_from(tensors: dict[str, Tenso
     model = OrthusForConditionalGeneration.from_pretrained(tmp_path, allow_missing=True, dtype=torch.float32)
     assert model.config.head_config.width == 1536
     assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    head = model.diffusion_head
+    assert not head.final_linear.weight.any() and not head.blocks[0].modulation.weight.any()  # a new head starts as identity
     assert torch.equal(model.backbone.norm.weight, tensors["model.norm.weight"].float())
 
 
