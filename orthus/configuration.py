@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from orthus.conversion import config_from_published, is_published, read_tensor_shapes
+
+HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 LATENT_EMBEDDINGS = ("softmax", "argmin", "linear")
 OBJECTIVES = ("v_prediction", "flow_matching")
 
@@ -113,6 +116,18 @@ class OrthusConfig(PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
         self._check_parts()
+
+    @classmethod
+    def get_config_dict(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str, **options: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in `transformers`; a published config is translated, with what it omits read off the weight files."""
+        hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+        subfolder = options.get("subfolder", "")
+        fields, rest = super().get_config_dict(pretrained_model_name_or_path, **options)
+        if is_published(fields):
+            fields = config_from_published(fields, read_tensor_shapes(pretrained_model_name_or_path, subfolder, **hub))
+        return fields, rest
 
     @property
     def num_latents(self) -> int:

@@ -34,6 +34,28 @@ def sinusoids(times: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: modulations and the last layer, so that every block starts as the identity."""
+
+
+class TimeLinear(nn.Linear):
+    """A linear layer of the time embedding, which starts small."""
+
+
+def init_layer(layer: nn.Module) -> None:
+    """Starting values of one layer of the head (a leaf: `transformers` visits only modules with tensors of their own)."""
+    if isinstance(layer, ZeroLinear):
+        init.zeros_(layer.weight)
+    elif isinstance(layer, TimeLinear):
+        init.normal_(layer.weight, std=0.02)
+    elif isinstance(layer, nn.Linear):
+        init.xavier_uniform_(layer.weight)
+    elif isinstance(layer, nn.LayerNorm) and layer.elementwise_affine:
+        init.ones_(layer.weight)
+    if isinstance(layer, (nn.Linear, nn.LayerNorm)) and layer.bias is not None:
+        init.zeros_(layer.bias)
+
+
 class AdaLNBlock(nn.Module):
     """`x + gate * mlp(norm(x) * (1 + scale) + shift)`."""
 
@@ -41,7 +63,7 @@ class AdaLNBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 3 * width)
+        self.modulation = ZeroLinear(width, 3 * width)
 
     def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
         shift, scale, gate = modulation.chunk(3, dim=-1)
@@ -55,26 +77,13 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.time_embed = nn.Sequential(nn.Linear(config.time_embed_dim, width), nn.SiLU(), nn.Linear(width, width))
+        self.time_embed = nn.Sequential(TimeLinear(config.time_embed_dim, width), nn.SiLU(), TimeLinear(width, width))
         self.cond_embed = nn.Linear(config.cond_dim, width)
         self.input_proj = nn.Linear(config.latent_dim, width)
         self.blocks = nn.ModuleList(AdaLNBlock(width) for _ in range(config.num_blocks))
         self.final_norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
-        self.final_modulation = nn.Linear(width, 2 * width)
-        self.final_linear = nn.Linear(width, config.latent_dim)
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Xavier for linear layers; modulations and the last layer start at zero, so that each block starts as identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                init.xavier_uniform_(module.weight)
-                init.zeros_(module.bias)
-        for name, parameter in self.named_parameters():
-            if name.startswith("time_embed") and parameter.ndim == 2:
-                init.normal_(parameter, std=0.02)
-            elif ".modulation." in name or name.startswith("final_"):
-                init.zeros_(parameter)
+        self.final_modulation = ZeroLinear(width, 2 * width)
+        self.final_linear = ZeroLinear(width, config.latent_dim)
 
     @property
     def alphas_cumprod(self) -> Tensor:

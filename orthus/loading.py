@@ -1,27 +1,12 @@
-"""What `from_pretrained` adds to `transformers`' own: the published layout, and refusal of incomplete or unsafe weights."""
+"""What `from_pretrained` adds to `transformers`' own: refusal of incomplete, misshaped, damaged and unsafe weights."""
 
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
 
-from orthus.configuration import OrthusConfig
-from orthus.conversion import config_from_published, is_published, read_tensor_shapes
-
-HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 SHOWN_KEYS = 8
-
-
-def resolve_config(name_or_path: str, options: dict[str, Any]) -> OrthusConfig | None:
-    """Our config for a checkpoint in the published layout; None when it is in ours already."""
-    hub = {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
-    subfolder = options.get("subfolder", "")
-    raw, _ = PreTrainedConfig.get_config_dict(name_or_path, subfolder=subfolder, **hub)
-    if not is_published(raw):
-        return None
-    return OrthusConfig.from_dict(config_from_published(raw, read_tensor_shapes(name_or_path, subfolder, **hub)))
 
 
 def refuse_pickles(name_or_path: str, subfolder: str = "") -> None:

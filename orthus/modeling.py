@@ -16,7 +16,7 @@ from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the aut
 from orthus import generation, loading
 from orthus.configuration import OrthusConfig
 from orthus.conversion import IGNORED_KEYS, PUBLISHED_KEY_MAPPING
-from orthus.diffusion_head import DiffusionHead
+from orthus.diffusion_head import DiffusionHead, init_layer
 from orthus.soft_vq import LatentEmbedding
 
 IGNORE = -100
@@ -74,12 +74,14 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
-        if isinstance(module, DiffusionHead):
-            module.reset_parameters()
-        elif isinstance(module, LatentEmbedding):
+        if isinstance(module, LatentEmbedding):
             module.reset_parameters(std)
-        elif module is self.lm_head:
-            init.normal_(module.weight, std=std)
+        elif module is self.lm_head or module is getattr(self.latent_embedding, "projection", None):
+            init.normal_(cast(nn.Linear, module).weight, std=std)
+            if cast(nn.Linear, module).bias is not None:
+                init.zeros_(cast(nn.Linear, module).bias)
+        else:
+            init_layer(module)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -92,8 +94,6 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         """
         path = str(pretrained_model_name_or_path)
         wants_report = options.pop("output_loading_info", False)
-        if options.get("config") is None and (config := loading.resolve_config(path, options)) is not None:
-            options["config"] = config
         loading.refuse_pickles(path, options.get("subfolder", ""))
         accept_misshaped = options.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
@@ -109,6 +109,10 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if not allow_missing:
             loading.check_complete(path, report)
         return (model, report) if wants_report else model
+
+    def save_pretrained(self, save_directory: str, *, save_original_format: bool = False, **options: Any) -> None:  # type: ignore[override]
+        """As in `transformers`, in our layout; `conversion.save_published` writes the published one."""
+        super().save_pretrained(save_directory, save_original_format=save_original_format, **options)
 
     # ------------------------------------------------------------------ latents in and out
 

@@ -31,10 +31,8 @@ class LatentEmbedding(nn.Module):
             self.register_parameter("positions", None)
 
     def reset_parameters(self, std: float) -> None:
-        if self.kind == "linear":
-            init.normal_(self.projection.weight, std=std)
-            init.zeros_(self.projection.bias)
-        else:
+        """Starting values of the tensors of this module itself."""
+        if self.kind != "linear":
             init.normal_(self.codebook)
         if self.positions is not None:
             init.normal_(self.positions, std=std)

@@ -8,7 +8,7 @@ from conftest import tiny_model
 
 from orthus import diffusion
 from orthus.configuration import DiffusionHeadConfig
-from orthus.diffusion_head import DiffusionHead
+from orthus.diffusion_head import DiffusionHead, init_layer
 
 MEAN, STD = 1.5, 0.4
 
@@ -17,9 +17,7 @@ def head(objective: str, **fields) -> DiffusionHead:
     config = DiffusionHeadConfig(
         latent_dim=2, cond_dim=4, width=8, num_blocks=1, time_embed_dim=8, objective=objective, latent_scale=0.5, **fields
     )
-    module = DiffusionHead(config)
-    module.reset_parameters()
-    return module
+    return DiffusionHead(config).apply(init_layer)
 
 
 def exact_velocity(module: DiffusionHead, monkeypatch: pytest.MonkeyPatch) -> None:

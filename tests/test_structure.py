@@ -21,10 +21,11 @@ LAYERS = [
     ("orthus.data", "orthus.image_processing", "orthus.tokenization"),
     ("orthus.modeling",),
     ("orthus.loading",),
-    ("orthus.conversion", "orthus.generation"),
+    ("orthus.generation",),
     ("orthus.decoding",),
     ("orthus.diffusion_head", "orthus.soft_vq", "orthus.autoencoder"),
     ("orthus.diffusion", "orthus.configuration"),
+    ("orthus.conversion",),
 ]
 
 
