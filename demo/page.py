@@ -1,15 +1,12 @@
 """One self-contained HTML page of prompts and what a model made of them."""
 
-import base64
 import html
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from eval.report import data_uri
 from orthus.data.schema import Segment
 
 STYLE = """
@@ -70,10 +67,3 @@ def _segment(segment: Segment) -> str:
     if isinstance(segment, str):
         return f'<span class="said">{html.escape(segment)}</span>'
     return f'<img alt="picture" src="{data_uri(segment)}">'
-
-
-def data_uri(picture: Image.Image) -> str:
-    """A picture as a PNG inside a `data:` address."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -36,6 +36,7 @@ class Decoding:
     modality: str
     guidance: float = 1.0
     image_guidance: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     num_diffusion_steps: int = 20
     solver: str | None = None
     max_new_tokens: int | None = None
@@ -101,10 +102,13 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
     turns = [[Turn("user", request.segments)] for request in batch]
     device = model.device
     inputs = processor(turns=turns).to(device)
+    is_guided = decoding.modality != "text" and (decoding.guidance != 1.0 or decoding.image_guidance is not None)
+    streams = processor.guidance_streams(turns, decoding.guidance, decoding.image_guidance) if is_guided else {}
     output = model.generate(
         **inputs,
-        **guidance_streams(processor, turns, decoding, device),
+        **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in streams.items()},
         modality=decoding.modality,
+        guidance_interval=decoding.guidance_interval,
         num_diffusion_steps=decoding.num_diffusion_steps,
         solver=decoding.solver,
         max_new_tokens=decoding.max_new_tokens,
@@ -116,24 +120,6 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
     return [
         Answer(request.key, tuple(segments), has_ended) for request, segments, has_ended in zip(batch, said, ended, strict=True)
     ]
-
-
-def guidance_streams(processor: Any, turns: list[list[Turn]], decoding: Decoding, device: Any) -> dict[str, Any]:
-    """The `generate` arguments of the guidance streams that a decoding needs (none for text or guidance 1)."""
-    if decoding.modality == "text" or (decoding.guidance == 1.0 and decoding.image_guidance is None):
-        return {"guidance": 1.0}
-    empty = processor.unconditional(turns).to(device)
-    streams = {
-        "guidance": decoding.guidance,
-        "negative_input_ids": empty["input_ids"],
-        "negative_attention_mask": empty["attention_mask"],
-    }
-    if decoding.image_guidance is not None:
-        pictures = processor.unconditional(turns, keep_images=True).to(device)
-        streams["image_guidance"] = decoding.image_guidance
-        streams["image_negative_input_ids"] = pictures["input_ids"]
-        streams["image_negative_attention_mask"] = pictures["attention_mask"]
-    return streams
 
 
 def read_records(path: Path) -> dict[str, dict[str, Any]]:

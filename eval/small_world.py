@@ -53,6 +53,7 @@ class Settings:
 
     num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask.
     guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
+    guidance_interval: part of the diffusion time in which guidance acts.
     mme_parser: official, lmms or strict.
     """
 
@@ -66,6 +67,7 @@ class Settings:
     edit_guidance: float = 2.0
     image_guidance: float = 1.0
     story_guidance: float = 2.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
     num_diffusion_steps: int = 20
     solver: str | None = None
     batch_size: int = 64
@@ -103,7 +105,9 @@ def make_items(settings: Settings) -> Items:
 
 def decodings(settings: Settings) -> dict[str, Decoding]:
     """How each task is decoded; recorded with the results."""
-    image = Decoding("image", settings.guidance, None, settings.num_diffusion_steps, settings.solver, None, 1)
+    image = Decoding(
+        "image", settings.guidance, None, settings.guidance_interval, settings.num_diffusion_steps, settings.solver, None, 1
+    )
     text = Decoding("text", num_diffusion_steps=settings.num_diffusion_steps, max_new_tokens=ANSWER_TOKENS)
     story = replace(image, modality="interleaved", guidance=settings.story_guidance)
     edit = replace(image, guidance=settings.edit_guidance, image_guidance=settings.image_guidance)

@@ -31,8 +31,8 @@ class FakeProcessor:
     def __call__(self, turns):
         return Batch(prompts=[row[0].segments for row in turns])
 
-    def unconditional(self, turns, keep_images=False):
-        return Batch(input_ids=torch.zeros(1, 1), attention_mask=torch.ones(1, 1))
+    def guidance_streams(self, turns, guidance, image_guidance=None):
+        return {"guidance": guidance, "negative_input_ids": torch.zeros(1, 1)}
 
     def decode_segments(self, output):
         return output.answers
