@@ -10,7 +10,8 @@ from orthus.data.schema import Example, ExampleSource, Turn
 
 
 class ConditionDropping:
-    """Replaces what the user says by the unconditional prompt in a fraction of the examples of some tasks.
+    """Replaces what the user says by the unconditional prompt in a fraction of the examples of some tasks, and drops what the
+    assistant says before it draws.
 
     A user turn with pictures (editing) keeps them and loses its text in one half of these cases, which is the image-only stream
     of three-stream guidance, and loses both in the other half.
@@ -37,9 +38,14 @@ class ConditionDropping:
         draw, half = np.random.default_rng([self.seed, 11, index]).random(2)
         if draw >= fraction:
             return example
-        turns = tuple(self._dropped(turn, half < 0.5) if turn.role == "user" else turn for turn in example.turns)
+        turns = tuple(self._dropped(turn, half < 0.5) if turn.role == "user" else _drawn(turn) for turn in example.turns)
         return replace(example, turns=turns)
 
     def _dropped(self, turn: Turn, keep_pictures: bool) -> Turn:
         pictures = tuple(segment for segment in turn.segments if isinstance(segment, Image.Image))
         return replace(turn, segments=pictures if pictures and keep_pictures else (self.prompt,))
+
+
+def _drawn(turn: Turn) -> Turn:
+    """The pictures of an assistant turn, without its words."""
+    return replace(turn, segments=tuple(segment for segment in turn.segments if isinstance(segment, Image.Image)))

@@ -26,11 +26,13 @@ from orthus.training.settings import OptimSettings, RunSettings
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`tasks`: mixing weights by task. `drop`: share of examples, by task, whose condition is dropped for guidance."""
+    """`tasks`: mixing weights by task. `drop`: share of examples, by task, whose condition is dropped for guidance.
+    `plans`: share of drawn pictures that are described in words first."""
 
     tasks: dict[str, float]
     drop: dict[str, float] = field(default_factory=dict)
     captions: CaptionMix = CaptionMix()
+    plans: float = 0.0
     world: WorldConfig = WorldConfig()
     rows_per_batch: int = 32
     row_length: int = 128
@@ -58,7 +60,7 @@ def run_stage(
     freeze(model, ("autoencoder", *frozen))
     model.autoencoder.eval()
     with joined() as (rank, world_size):
-        dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions)
+        dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
         loader = PackedLoader(
             dropping, processor, data.rows_per_batch, data.row_length, rank=rank, world_size=world_size, seed=run.seed

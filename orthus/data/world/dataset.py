@@ -25,6 +25,7 @@ TASKS: dict[str, Callable[[Source], Draft]] = {
     "story": draft_story,
 }
 TASK_NAMES = ("t2i", *TASKS)
+PLANNED = ("t2i", "edit")
 DEFAULT_TASKS: Mapping[str, float] = {"t2i": 0.45, "vqa": 0.25, "describe": 0.1, "edit": 0.12, "story": 0.08}
 
 
@@ -34,6 +35,8 @@ class WorldDataset:
     split: "train" and "validation" hold no held-out clause in any scene; "test" has no such rule.
     tasks: weights of "t2i", "vqa", "describe", "edit" and "story"; ValueError for others or when none is positive.
     captions: weights of the caption kinds within "t2i".
+    plans: share of "t2i" and "edit" examples in which the assistant first says what it will draw, every object with its
+        colour and place, and then draws it.
     """
 
     def __init__(
@@ -42,7 +45,10 @@ class WorldDataset:
         tasks: Mapping[str, float] = DEFAULT_TASKS,
         config: WorldConfig | None = None,
         captions: CaptionMix | None = None,
+        plans: float = 0.0,
     ) -> None:
+        if not 0 <= plans <= 1:
+            raise ValueError(f"plans={plans} is not a share from 0 to 1")
         self.strict = is_strict(split)
         for task, weight in tasks.items():
             if task not in TASK_NAMES:
@@ -55,6 +61,7 @@ class WorldDataset:
         self.split = split
         self.config = config or WorldConfig()
         self.captions = captions or CaptionMix()
+        self.plans = plans
 
     def __len__(self) -> int:
         return NUM_ITEMS
@@ -66,7 +73,8 @@ class WorldDataset:
         rng = np.random.default_rng([self.config.world_seed, SPLITS.index(self.split), int(index)])
         source = Source(rng, self.config, self.strict)
         task = pick_weighted(rng, self.weights)
-        return draft_t2i(source, self.captions) if task == "t2i" else TASKS[task](source)
+        draft = draft_t2i(source, self.captions) if task == "t2i" else TASKS[task](source)
+        return draft.with_plan() if task in PLANNED and self.plans and rng.random() < self.plans else draft
 
     def scenes(self, index: int) -> list[Scene]:
         """The scenes behind all pictures of item `index`, in reading order."""

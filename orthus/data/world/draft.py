@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from numpy.random import Generator
 
 from orthus.data.schema import Example, Role, Segment, Turn
+from orthus.data.world.language import dense_phrase
 from orthus.data.world.render import picture
 from orthus.data.world.scene import Scene, WorldConfig
 
@@ -33,6 +34,13 @@ class Draft:
     def scenes(self) -> list[Scene]:
         """All scenes in reading order."""
         return [segment for _, segments in self.turns for segment in segments if isinstance(segment, Scene)]
+
+    def with_plan(self) -> Draft:
+        """The assistant first says what it will draw: a full description goes before its last picture."""
+        *earlier, (role, segments) = self.turns
+        *before, picture_scene = segments
+        assert role == "assistant" and isinstance(picture_scene, Scene)
+        return replace(self, turns=(*earlier, (role, (*before, dense_phrase(picture_scene), picture_scene))))
 
     def render(self) -> Example:
         """The example with pictures in place of scenes."""
