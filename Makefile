@@ -29,7 +29,9 @@ speedrun: $(VENV)/.installed  ## autoencoder -> base -> post-training -> scores,
 	PATH="$(abspath $(BIN)):$$PATH" bash train/speedrun.sh
 
 eval: $(VENV)/.installed  ## score the shipped checkpoint again
-	$(BIN)/python -m eval.small_world model=checkpoints/orthus-small
+	$(BIN)/python -m eval.small_world model=checkpoints/orthus-small output=runs/eval-small
+	$(BIN)/python -m eval.report --run runs/eval-small --html runs/eval-small/report.html
+	$(BIN)/python -m eval.report --results checkpoints/orthus-small/results.json --markdown docs/RESULTS.md
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -59,7 +59,7 @@ class Studio:
     def draw(self, prompts: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (prompt,))] for prompt in prompts]
         streams = self.processor.guidance_streams(turns, self.guidance)
-        return self._generate(turns, on_position, modality="image", **streams)
+        return self._generate(turns, on_position, modality="interleaved", max_images=1, force_image=True, **streams)
 
     def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (picture, question))] for question in questions]
@@ -69,7 +69,7 @@ class Studio:
         """Three streams: picture and instruction, picture only, neither."""
         turns = [[Turn("user", (picture, text))] for text in instructions]
         streams = self.processor.guidance_streams(turns, self.guidance, self.image_guidance)
-        return self._generate(turns, on_position, modality="image", **streams)
+        return self._generate(turns, on_position, modality="interleaved", max_images=1, force_image=True, **streams)
 
     def tell(self, requests: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (request,))] for request in requests]

@@ -41,6 +41,7 @@ class Decoding:
     solver: str | None = None
     max_new_tokens: int | None = None
     max_images: int | None = None
+    force_image: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Answer:
     @property
     def text(self) -> str:
         return " ".join(segment for segment in self.segments if isinstance(segment, str))
+
+    @property
+    def picture_number(self) -> int | None:
+        """Place of the first picture among the segments, which its file name carries."""
+        return next((i for i, segment in enumerate(self.segments) if isinstance(segment, Image.Image)), None)
 
     @property
     def pictures(self) -> list[Image.Image]:
@@ -113,6 +119,7 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
         solver=decoding.solver,
         max_new_tokens=decoding.max_new_tokens,
         max_images=decoding.max_images,
+        force_image=decoding.force_image,
         generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
     )
     ended = [processor.separator_token_id in row.tolist() for row in output.sequences]

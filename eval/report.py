@@ -19,6 +19,7 @@ from PIL import Image
 
 TABLES = (
     ("small_geneval", "Small GenEval"),
+    ("small_geneval_direct", "Small GenEval, begin-of-image forced at once"),
     ("small_mme", "Small MME (accuracy)"),
     ("editing", "Editing"),
     ("interleaved", "Interleaved stories"),

@@ -47,7 +47,9 @@ def geneval_requests(items: Sequence[Mapping[str, Any]]) -> list[Request]:
     return [Request(f"{number:05d}", (item["prompt"],)) for number, item in enumerate(items)]
 
 
-def grade_geneval(items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], second: Detector) -> list[dict[str, Any]]:
+def grade_geneval(
+    items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], second: Detector, task: str = "geneval"
+) -> list[dict[str, Any]]:
     """One record per picture in GenEval's results form, with the second grader's verdict beside ours."""
     records = []
     for number, item in enumerate(items):
@@ -59,7 +61,7 @@ def grade_geneval(items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answ
         records.append(
             {
                 "key": key,
-                "filename": f"images/geneval-{key}-0.png",
+                "filename": f"images/{task}-{key}-{answers[key].picture_number}.png",
                 "tag": item["tag"],
                 "prompt": item["prompt"],
                 "correct": judged.correct,

@@ -51,6 +51,8 @@ RESULTS = "results.json"
 class Settings:
     """What is evaluated and how it is decoded; see `python -m eval.small_world --help`.
 
+    plan: captions and edits are answered freely, so that the model may say what it will draw before it draws; without, and in
+        `small_geneval_direct`, begin-of-image is forced at once.
     num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask.
     guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
     guidance_interval: part of the diffusion time in which guidance acts.
@@ -63,6 +65,7 @@ class Settings:
     num_edits: int = 120
     num_stories: int = 80
     seed: int = 0
+    plan: bool = True
     guidance: float = 3.0
     edit_guidance: float = 2.0
     image_guidance: float = 1.0
@@ -111,11 +114,18 @@ def decodings(settings: Settings) -> dict[str, Decoding]:
     text = Decoding("text", num_diffusion_steps=settings.num_diffusion_steps, max_new_tokens=ANSWER_TOKENS)
     story = replace(image, modality="interleaved", guidance=settings.story_guidance)
     edit = replace(image, guidance=settings.edit_guidance, image_guidance=settings.image_guidance)
+    if (edit.guidance, edit.image_guidance) == (1.0, 1.0):
+        edit = replace(edit, image_guidance=None)
+
+    def planned(decoding: Decoding) -> Decoding:
+        return replace(decoding, modality="interleaved", force_image=True) if settings.plan else decoding
+
     return {
-        "geneval": image,
+        "geneval": planned(image),
+        "geneval_direct": image,
         "mme": text,
         "mme_blank": text,
-        "edit": replace(edit, image_guidance=None) if (edit.guidance, edit.image_guidance) == (1.0, 1.0) else edit,
+        "edit": planned(edit),
         "story": replace(story, max_new_tokens=STORY_TOKENS, max_images=6),
     }
 
@@ -124,6 +134,7 @@ def generate(model: Any, processor: Any, items: Items, settings: Settings) -> di
     """Ask everything that is not answered yet."""
     requests: dict[str, list[Request]] = {
         "geneval": geneval_requests(items.geneval),
+        "geneval_direct": geneval_requests(items.geneval),
         "mme": mme_requests(items.mme),
         "mme_blank": mme_requests(items.mme, blank=True),
         "edit": edit_requests(items.edits),
@@ -136,10 +147,10 @@ def generate(model: Any, processor: Any, items: Items, settings: Settings) -> di
     }
 
 
-def report_geneval(items: Items, answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
-    """Score per task and overall with intervals over prompts; grades go to `grades-geneval.jsonl`."""
-    records = grade_geneval(items.geneval, answers, detect_by_profile)
-    write_lines(folder / "grades-geneval.jsonl", records)
+def report_geneval(items: Items, answers: Mapping[str, Answer], folder: Path, task: str = "geneval") -> dict[str, Any]:
+    """Score per task and overall with intervals over prompts; grades go to `grades-<task>.jsonl`."""
+    records = grade_geneval(items.geneval, answers, detect_by_profile, task)
+    write_lines(folder / f"grades-{task}.jsonl", records)
     tasks = {
         tag: Task(
             [float(r["correct"]) for r in records if r["tag"] == tag],
@@ -262,6 +273,7 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
     answers = timed("generate", lambda: generate(model, processor, items, settings))
     result: dict[str, Any] = {
         "small_geneval": timed("grade_geneval", lambda: report_geneval(items, answers["geneval"], folder)),
+        "small_geneval_direct": report_geneval(items, answers["geneval_direct"], folder, "geneval_direct"),
         "small_mme": timed("grade_mme", lambda: report_mme(items.mme, answers["mme"], settings.mme_parser)),
         "editing": timed("grade_editing", lambda: report_edits(items.edits, answers["edit"], folder)),
         "interleaved": timed("grade_interleaved", lambda: report_stories(items.stories, answers["story"], folder)),
@@ -349,7 +361,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {**evaluate(model, processor, settings), **provenance(settings)}
     for folder in (settings.output, settings.model):
         write_json(Path(folder) / RESULTS, result)
-    for name in ("small_geneval", "small_mme", "editing", "interleaved"):
+    for name in ("small_geneval", "small_geneval_direct", "small_mme", "editing", "interleaved"):
         best = result[name]["overall"]
         print(f"{name}: {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}")
 

@@ -13,3 +13,5 @@ torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/mixed.yaml \
 torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/posttrain.yaml \
     run.output_dir="$OUT/posttrain" model="$OUT/mixed/final"
 python -m eval.small_world model="$OUT/posttrain/final" output="$OUT/eval"
+python -m eval.report --run "$OUT/eval" --html "$OUT/eval/report.html"
+echo "model $OUT/posttrain/final, results $OUT/eval/results.json, report $OUT/eval/report.html"
