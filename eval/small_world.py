@@ -330,6 +330,12 @@ def check_manifest(folder: Path, settings: Settings) -> None:
     write_json(path, manifest)
 
 
+def is_standard(settings: Settings) -> bool:
+    """Whether the run is the one whose results lie beside a model: default settings on whatever machine."""
+    free = {"model": "", "output": "", "device": "", "batch_size": 1}
+    return replace(settings, **free) == replace(Settings(""), **free)
+
+
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -359,8 +365,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = OrthusForConditionalGeneration.from_pretrained(settings.model).eval().to(torch.device(settings.device))
     processor = OrthusProcessor.from_pretrained(settings.model)
     result = {**evaluate(model, processor, settings), **provenance(settings)}
-    for folder in (settings.output, settings.model):
-        write_json(Path(folder) / RESULTS, result)
+    write_json(Path(settings.output) / RESULTS, result)
+    if is_standard(settings):
+        write_json(Path(settings.model) / RESULTS, result)
+    else:
+        print(f"not the standard settings: results are in {settings.output} only, those beside the model stay as they are")
     for name in ("small_geneval", "small_geneval_direct", "small_mme", "editing", "interleaved"):
         best = result[name]["overall"]
         print(f"{name}: {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}")

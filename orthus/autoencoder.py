@@ -125,6 +125,8 @@ class Autoencoder(PreTrainedModel):
     base_model_prefix = "autoencoder"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    # No attention that an implementation could be chosen for, so that none stands in the way of the backbone's.
+    _supports_sdpa = _supports_flex_attn = _supports_flash_attn = _supports_attention_backend = True
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Raw latents `(N, L, C)` of pixels `(N, 3, H, W)` in [-1, 1]; ValueError for another image size."""

@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from orthus.autoencoder import Autoencoder
-from orthus.configuration import DiffusionHeadConfig, OrthusConfig
+from orthus.configuration import DiffusionHeadConfig, OrthusConfig, as_config
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOKEN
 
@@ -43,7 +43,7 @@ def build_orthus(
         raise ValueError(f"the tokenizer lacks {', '.join(missing)}; add the special tokens to it first")
     num_codes = options["num_codes"]
     token_ids = {name: ids[name] for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
-    text_config = AutoConfig.for_model(**{**backbone, **token_ids, "vocab_size": len(tokenizer) + num_codes})
+    text_config = as_config("backbone", {**backbone, **token_ids, "vocab_size": len(tokenizer) + num_codes}, "llama")
     head_config = DiffusionHeadConfig(
         **{**head, "latent_dim": autoencoder.config.latent_dim, "cond_dim": text_config.hidden_size}
     )

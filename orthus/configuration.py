@@ -160,11 +160,21 @@ def as_config(name: str, value: dict | PreTrainedConfig | None, default_type: st
     fields = dict(value or {})
     model_type = fields.pop("model_type", default_type)
     try:
+        reject_typos(name, model_type, fields)
         return AutoConfig.for_model(model_type, **fields)
     except ValueError as error:
         if "model identifier" not in str(error):
             raise
         raise ValueError(f"{name}.model_type={model_type!r} is no model type that transformers or orthus knows") from error
+
+
+def reject_typos(name: str, model_type: str, fields: dict[str, Any]) -> None:
+    """ValueError for a key that its model type does not have and that is nearly one it has; others are `transformers`' affair."""
+    known = AutoConfig.for_model(model_type).to_dict()
+    for key in fields:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
+        if key not in known and near:
+            raise ValueError(f"unknown key {name}.{key}; did you mean {near[0]!r}?")
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -148,7 +148,8 @@ class DecodingLoop:
         ends = (config.separator_token_id, config.eos_token_id)
         for index, token in zip(writing, chosen, strict=True):
             row = self.rows[index]
-            if token in ends and self.limits.force_image and not row.images and self._may_draw(row):
+            is_last_chance = self.limits.max_new_tokens - len(row.tokens) == config.num_latents + 2
+            if self.limits.force_image and not row.images and self._may_draw(row) and (token in ends or is_last_chance):
                 token = config.boi_token_id
             row.tokens.append(token)
             next_ids[index] = token

@@ -131,9 +131,7 @@ class DiffusionHead(nn.Module):
             noise: `(M * N, C)` standard normal; drawn when None.
         """
         num_latents, (config, dtype) = len(latents), (self.config, self.input_proj.weight.dtype)
-        draws = config.num_noise_draws if timesteps is None else len(timesteps) // max(num_latents, 1)
-        if timesteps is not None and len(timesteps) != draws * num_latents:
-            raise ValueError(f"timesteps has {len(timesteps)} entries, not a multiple of the {num_latents} latents")
+        draws = self._num_draws(num_latents, timesteps, noise)
         scaled = (latents.float() * config.latent_scale).repeat(draws, 1)
         noise = torch.randn_like(scaled) if noise is None else noise.to(scaled)
         timesteps = self.draw_times(len(scaled), scaled.device) if timesteps is None else timesteps
@@ -144,6 +142,20 @@ class DiffusionHead(nn.Module):
         conditioning = self.embed_times(timesteps) + self.cond_embed(cond.to(dtype)).repeat(draws, 1)
         predicted = self.denoise(noised.to(dtype), self.modulations(conditioning))
         return (predicted.float() - target).square().mean(dim=-1).view(draws, num_latents).mean(dim=0)
+
+    def _num_draws(self, num_latents: int, timesteps: Tensor | None, noise: Tensor | None) -> int:
+        """Noise draws per latent: those that were given, else the config's."""
+        given = {"timesteps": timesteps, "noise": noise}
+        lengths = {name: len(value) for name, value in given.items() if value is not None}
+        for name, length in lengths.items():
+            if num_latents == 0 or length % num_latents:
+                raise ValueError(f"{name} has {length} entries, not a multiple of the {num_latents} latents")
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"timesteps and noise have {lengths} entries; give one of each per draw and latent")
+        limit = self.config.num_train_timesteps if self.config.objective == "v_prediction" else 1
+        if timesteps is not None and len(timesteps) and not 0 <= float(timesteps.min()) <= float(timesteps.max()) <= limit:
+            raise ValueError(f"timesteps reach from {float(timesteps.min()):g} to {float(timesteps.max()):g}, outside 0..{limit}")
+        return next(iter(lengths.values()), self.config.num_noise_draws * num_latents) // max(num_latents, 1)
 
     def draw_times(self, num: int, device: torch.device) -> Tensor:
         """Training times `(num,)`: uniform integer steps, or logit-normal in [0, 1] for flow matching."""
@@ -157,7 +169,7 @@ class DiffusionHead(nn.Module):
         solver = solver or "ddim"
         if solver not in diffusion.SOLVERS:
             raise ValueError(f"solver={solver!r} is not one of {', '.join(diffusion.SOLVERS)}")
-        num_diffusion_steps = num_diffusion_steps or self.config.num_diffusion_steps
+        num_diffusion_steps = self.config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
         if self.config.objective == "flow_matching":
             return diffusion.euler_steps(num_diffusion_steps)
         if solver != "ddim":

@@ -32,9 +32,9 @@ def generate(
     model: "OrthusForConditionalGeneration",
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
-    *,
     pixel_values: Tensor | None = None,
     image_latents: Tensor | None = None,
+    *,
     modality: str = "interleaved",
     guidance: float = 1.0,
     negative_input_ids: Tensor | None = None,
@@ -67,7 +67,7 @@ def generate(
         image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
             images and without its text.
         guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
-        max_images: images per row (default 1 for `"image"`, 4 for `"interleaved"`).
+        max_images: images per row (default as many as `noise` holds, else 1 for `"image"`, 4 for `"interleaved"`).
         force_image: a row that would end without an image draws one instead.
         max_new_tokens: bound on new positions per row, image positions included.
         generator: one generator, or one per row (draws that do not depend on the rest of the batch).
@@ -78,13 +78,15 @@ def generate(
     Raises:
         ValueError: unknown modality, missing unconditional prompt, too long a prompt, noise of the wrong shape.
     """
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = _checked_mask("input_ids", input_ids, attention_mask)
     latents = model._resolve_latents(pixel_values, image_latents)
     streams = [Prompt(input_ids, mask, latents)]
     if image_guidance is not None:
         streams.append(_stream("image_guidance", image_negative_input_ids, image_negative_attention_mask, input_ids, latents))
     if guidance != 1.0 or image_guidance is not None:
         streams.append(_stream("guidance", negative_input_ids, negative_attention_mask, input_ids, None))
+    if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
+        max_images = noise.shape[1]
     limits = _limits(model, modality, max_new_tokens, max_images, force_image, max(len(s.input_ids[0]) for s in streams))
     drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
     _check_draws(model, drawing, len(input_ids), limits.max_images)
@@ -98,12 +100,24 @@ def generate(
     return _output(model, rows, decode)
 
 
+def _checked_mask(name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """The mask of a prompt, ones when None; ValueError unless prompt and mask are `(B, P)` and every row ends in a real token."""
+    if ids.ndim != 2 or ids.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected (rows, tokens) with at least one of each")
+    mask = torch.ones_like(ids) if mask is None else mask
+    if mask.shape != ids.shape:
+        raise ValueError(f"the attention mask of {name} has shape {tuple(mask.shape)}, expected {tuple(ids.shape)}")
+    if not bool(mask[:, -1].all()):
+        raise ValueError(f"{name} is padded on the right; prompts are continued at their end: pad on the left")
+    return mask
+
+
 def _stream(name: str, ids: Tensor | None, mask: Tensor | None, like: Tensor, latents: Tensor | None) -> Prompt:
     """A guidance stream for every row; its prompt may be given once for all rows."""
     if ids is None:
         prefix = "image_negative" if name == "image_guidance" else "negative"
         raise ValueError(f"{name} needs {prefix}_input_ids, the unconditional prompt (see OrthusProcessor.unconditional)")
-    mask = torch.ones_like(ids) if mask is None else mask
+    mask = _checked_mask("the unconditional prompt", ids, mask)
     if len(ids) not in (1, len(like)):
         raise ValueError(f"the unconditional prompt has {len(ids)} rows, expected 1 or {len(like)}")
     return Prompt(ids.expand(len(like), -1).to(like.device), mask.expand(len(like), -1).to(like.device), latents)
@@ -146,7 +160,7 @@ def _check_draws(model: "OrthusForConditionalGeneration", drawing: Drawing, num_
         return
     head = model.config.head_config
     shape, expected = tuple(drawing.noise.shape), (num_rows, max_images, model.config.num_latents, head.latent_dim)
-    if len(shape) != 4 or shape[0] != num_rows or shape[2:] != expected[2:]:
+    if len(shape) != 4 or shape[0] != num_rows or shape[1] < max_images or shape[2:] != expected[2:]:
         raise ValueError(f"noise has shape {shape}, expected (num_rows, num_images, num_latents, latent_dim) = {expected}")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, can_return_tuple
 
 from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
 from orthus import generation, loading
@@ -56,13 +56,14 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _tied_weights_keys = {"lm_head.weight": "backbone.embed_tokens.weight"}
     _no_split_modules = ["DiffusionHead"]
     _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
 
     def __init__(self, config: OrthusConfig) -> None:
         super().__init__(config)
         self.backbone = AutoModel.from_config(config.text_config)
+        table = next(name for name, module in self.backbone.named_modules() if module is self.backbone.get_input_embeddings())
+        self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         if hasattr(self.backbone, "vqmodel"):  # Chameleon brings a discrete tokenizer of its own; ours is `autoencoder`
             del self.backbone.vqmodel
         self.autoencoder = AutoModel.from_config(config.autoencoder_config)
@@ -168,6 +169,9 @@ class OrthusForConditionalGeneration(PreTrainedModel):
                 f"{per_image}) but {num_given} latents ({num_given / per_image:g} images) were given; "
                 "pass one image per <image> in the prompt"
             )
+        per_row = placeholders.sum(-1)
+        if bool((per_row % self.config.num_latents).any()):
+            raise ValueError(f"rows hold {per_row.tolist()} image placeholders, not multiples of {self.config.num_latents}")
         embeddings = self.get_input_embeddings()(input_ids)
         if image_latents is None:
             return embeddings
@@ -182,16 +186,18 @@ class OrthusForConditionalGeneration(PreTrainedModel):
 
     # ------------------------------------------------------------------ forward
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
         pixel_values: Tensor | None = None,
         image_latents: Tensor | None = None,
         labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         timesteps: Tensor | None = None,
         noise: Tensor | None = None,
         use_cache: bool | None = None,
@@ -220,43 +226,44 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
         self._check_length(inputs_embeds.shape[1], past_key_values)
-        if use_cache is None and past_key_values is None and labels is not None:
-            use_cache = False  # a cache would also keep the backbone from seeing packed examples in `position_ids`
+        if use_cache is None and past_key_values is None:
+            # A cache would keep the backbone from seeing packed examples in `position_ids`; a loss has no use for one.
+            use_cache = None if labels is None and not is_packed(attention_mask, position_ids) else False
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         outputs = self.backbone(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
             **backbone_kwargs,
         )
         hidden = outputs.last_hidden_state
-        result = OrthusOutput(
+        if skip_logits is None:
+            skip_logits = self.training and labels is not None
+        if labels is not None and input_ids is None:
+            raise ValueError("labels need input_ids, which say where the latents stand")
+        losses = {} if labels is None else self._losses(hidden, labels, cast(Tensor, input_ids), latents, timesteps, noise)
+        return OrthusOutput(
+            **losses,
+            logits=None if skip_logits else self.lm_head(hidden[:, -logits_to_keep:]),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             last_hidden_state=hidden,
         )
-        if skip_logits is None:
-            skip_logits = self.training and labels is not None
-        if not skip_logits:
-            result.logits = self.lm_head(hidden[:, -logits_to_keep:])
-        if labels is not None:
-            if input_ids is None:
-                raise ValueError("labels need input_ids, which say where the latents stand")
-            self._add_losses(result, hidden, labels, input_ids, latents, timesteps, noise)
-        return result
 
-    def _add_losses(
+    def _losses(
         self,
-        result: OrthusOutput,
         hidden: Tensor,
         labels: Tensor,
         input_ids: Tensor,
         latents: Tensor | None,
         timesteps: Tensor | None,
         noise: Tensor | None,
-    ) -> None:
+    ) -> dict[str, Any]:
         """Cross-entropy at text targets and diffusion loss at latent targets, as sums and counts."""
         image_token = self.config.image_token_id
         targets, sources = labels[:, 1:], hidden[:, :-1]
@@ -270,11 +277,16 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             chosen = latents.flatten(0, 1)[(labels == image_token)[input_ids == image_token]]
             losses = self.diffusion_head.latent_losses(sources[is_latent], chosen, timesteps=timesteps, noise=noise)
             image_sum = losses.sum()
-        result.loss_sums = {"text": text_sum, "image": image_sum}
-        result.loss_counts = {"text": int(is_text.sum()), "image": int(is_latent.sum())}
-        means = {name: total / max(result.loss_counts[name], 1) for name, total in result.loss_sums.items()}
-        result.text_loss, result.image_loss = means["text"], means["image"]
-        result.loss = means["text"] + self.config.image_loss_weight * means["image"]
+        sums = {"text": text_sum, "image": image_sum}
+        counts = {"text": int(is_text.sum()), "image": int(is_latent.sum())}
+        text_loss, image_loss = (sums[name] / max(counts[name], 1) for name in ("text", "image"))
+        return {
+            "loss": text_loss + self.config.image_loss_weight * image_loss,
+            "text_loss": text_loss,
+            "image_loss": image_loss,
+            "loss_sums": sums,
+            "loss_counts": counts,
+        }
 
     def _resolve_latents(self, pixel_values: Tensor | None, image_latents: Tensor | None) -> Tensor | None:
         if pixel_values is not None and image_latents is not None:
@@ -306,11 +318,16 @@ class OrthusForConditionalGeneration(PreTrainedModel):
 
     # ------------------------------------------------------------------ generation
 
-    def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
-    ) -> generation.OrthusGenerateOutput:
-        """Continue a batch of prompts with text, an image, or both; all options are in [`generation.generate`]."""
-        return generation.generate(self, input_ids, attention_mask, **options)
+    def generate(self, *args: Any, **options: Any) -> generation.OrthusGenerateOutput:
+        """Continue a batch of prompts with text, an image, or both; the arguments are those of [`generation.generate`]."""
+        return generation.generate(self, *args, **options)
+
+
+def is_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
+    """Whether rows hold several examples: no mask, and positions that restart."""
+    if attention_mask is not None or position_ids is None:
+        return False
+    return bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def positions_from_mask(attention_mask: Tensor) -> Tensor:

@@ -51,6 +51,8 @@ def interleave(text: Any, images: Any, image_token: str) -> list[list[Any]]:
     if isinstance(images, (list, tuple)) and images and all(isinstance(entry, (list, tuple)) for entry in images):
         if [len(entry) for entry in images] != counts:
             raise ValueError(f"texts hold {counts} {image_token} but images {[len(entry) for entry in images]}")
+    if any(isinstance(image, (str, os.PathLike)) for image in flat):
+        raise ValueError(f"images holds {flat!r}; a path is never opened here: pass pictures, e.g. load_image(path)")
     remaining = iter(flat)
     rows: list[list[Any]] = []
     for entry in texts:

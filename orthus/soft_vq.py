@@ -40,8 +40,9 @@ class LatentEmbedding(nn.Module):
     def log_weights(self, latents: Tensor) -> Tensor:
         """Unnormalised log assignment `(..., K)`: `(2 z.c - |c|^2) / tau`; `|z|^2` is the same for all codes and dropped."""
         codebook: Tensor = self.codebook
-        if self.fp32_distances and latents.dtype not in (torch.float32, torch.float64):
-            latents, codebook = latents.float(), codebook.float()
+        if self.fp32_distances:
+            dtype = torch.promote_types(codebook.dtype, torch.float32)
+            latents, codebook = latents.to(dtype), codebook.to(dtype)
         distances = codebook.square().sum(-1) - 2 * latents.to(codebook.dtype) @ codebook.T
         return -distances / self.temperature
 

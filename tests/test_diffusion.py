@@ -121,5 +121,9 @@ def test_refusals() -> None:
         module.sample(torch.zeros(1, 4), num_diffusion_steps=2000)
     with pytest.raises(ValueError, match="use ddim"):
         module.sample(torch.zeros(1, 4), solver="euler")
+    with pytest.raises(ValueError, match="noise has 5 entries, not a multiple"):
+        module.loss(torch.zeros(2, 4), torch.zeros(2, 2), noise=torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=r"outside 0\.\.1000"):
+        module.loss(torch.zeros(2, 4), torch.zeros(2, 2), timesteps=torch.tensor([3, 4000]))
     with pytest.raises(ValueError, match="not a multiple"):
         module.loss(torch.zeros(2, 4), torch.zeros(2, 2), timesteps=torch.zeros(3, dtype=torch.long))

@@ -137,6 +137,16 @@ def test_force_image() -> None:
     assert forced.sequences[0, :6].tolist() == [BOI, IMG, IMG, IMG, IMG, EOI]
 
 
+def test_force_image_also_when_the_text_never_ends() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        hidden = model(torch.tensor([PROMPTS[0]])).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[10] = hidden * 50 / hidden.norm() ** 2
+    forced = model.generate(torch.tensor([PROMPTS[0]]), max_new_tokens=20, force_image=True)
+    assert len(forced.image_latents[0]) == 1 and forced.sequences.shape[1] == 20
+
+
 def test_generators_per_row_do_not_depend_on_the_batch(model: OrthusForConditionalGeneration) -> None:
     ids, mask = left_padded([PROMPTS[0], PROMPTS[2]])
     seeds = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
@@ -157,5 +167,15 @@ def test_refusals(model: OrthusForConditionalGeneration) -> None:
         model.generate(torch.full((1, 90), 10), modality="image", max_images=2)
     with pytest.raises(ValueError, match="solver='heun'"):
         model.generate(ids, modality="image", solver="heun")
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(torch.tensor([[0, 10, SEP, 1]]), torch.tensor([[1, 1, 1, 0]]), modality="text")
+    with pytest.raises(ValueError, match=r"mask of input_ids has shape \(1, 5\)"):
+        model.generate(ids, torch.ones(1, 5), modality="text")
+    with pytest.raises(ValueError, match="at least one of each"):
+        model.generate(torch.empty(1, 0, dtype=torch.long), modality="text")
+    with pytest.raises(ValueError, match=r"expected \(num_rows"):
+        model.generate(ids, modality="image", max_images=2, noise=torch.zeros(1, 1, 4, 3))
+    with pytest.raises(ValueError, match="num_diffusion_steps must"):
+        model.generate(ids, modality="image", num_diffusion_steps=0)
     with pytest.raises(ValueError, match="image_negative_input_ids"):
         model.generate(ids, modality="image", image_guidance=2.0)

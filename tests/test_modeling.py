@@ -127,3 +127,62 @@ def test_config_round_trip(tmp_path) -> None:
     config = tiny_config(use_latent_positions=True, head={"objective": "flow_matching", "latent_scale": 0.5})
     config.save_pretrained(tmp_path)
     assert OrthusConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+
+
+def test_packed_examples_do_not_see_each_other_without_labels(model: OrthusForConditionalGeneration) -> None:
+    packed, _ = packed_and_padded()
+    del packed["labels"]
+    together = model(**packed).logits[0, len(DRAW) :]
+    alone = model(torch.tensor([READ]), image_latents=packed["image_latents"][1:]).logits[0]
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
+def test_attention_back_ends_agree(attention: str) -> None:
+    reference, other = tiny_model(), tiny_model()
+    reference.set_attn_implementation("eager")
+    other.set_attn_implementation(attention)
+    ids, latents = torch.tensor([READ]), torch.randn(1, 4, 3)
+    with torch.no_grad():
+        expected, found = (m(ids, image_latents=latents).logits for m in (reference, other))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_model_computes_distances_in_fp32() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    assert model.latent_embedding.log_weights(torch.randn(1, 4, 3)).dtype == torch.float32
+    assert model.latent_embedding.log_weights(torch.randn(1, 4, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_arguments_in_the_order_of_the_interface(model: OrthusForConditionalGeneration) -> None:
+    ids, pixels = torch.tensor([READ]), torch.rand(1, 3, 8, 8)
+    output = model(ids, torch.ones_like(ids), pixels, None, torch.tensor([labels_of(READ, 9)]), True)
+    assert output.loss is not None and len(output.hidden_states) == 3
+    as_tuple = model(ids, pixel_values=pixels, return_dict=False)
+    assert isinstance(as_tuple, tuple) and as_tuple[0].shape == (1, len(READ), 64)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "qwen3", "gemma2", "stablelm"])
+def test_any_decoder_tied_or_not(model_type: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "bos_token_id": 0}
+    names = {"gpt2": {"n_positions": 64}, "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32}, "gemma2": {"head_dim": 8}}
+    text = {"model_type": model_type, **sizes, "intermediate_size": 48, "eos_token_id": 2, "pad_token_id": 1}
+    text |= {"num_key_value_heads": 4} if model_type in ("qwen3", "gemma2", "stablelm") else {}
+    model = tiny_model(text_config={**text, **names.get(model_type, {})})
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == model.config.tie_word_embeddings
+    output = model.generate(torch.tensor([[0, 10, SEP]]), modality="image")
+    assert output.image_latents[0].shape == (1, 4, 3)
+
+
+def test_misspelt_keys_of_sub_configs_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"text_config\.num_hiden_layers.*num_hidden_layers"):
+        tiny_config(text_config={"model_type": "llama", "num_hiden_layers": 3})
+    with pytest.raises(ValueError, match=r"autoencoder_config\.patch_sise.*patch_size"):
+        tiny_config(autoencoder_config={"model_type": "orthus_patch_autoencoder", "patch_sise": 4})
+
+
+def test_an_image_cannot_straddle_rows(model: OrthusForConditionalGeneration) -> None:
+    ids = torch.tensor([[0, BOI, IMG, IMG, IMG, EOI, SEP, 1], [0, BOI, IMG, IMG, IMG, IMG, IMG, EOI]])
+    with pytest.raises(ValueError, match=r"\[3, 5\] image placeholders, not multiples of 4"):
+        model(ids, image_latents=torch.zeros(2, 4, 3))

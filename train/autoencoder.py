@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from orthus.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from orthus.configuration import as_config
 from orthus.data.pictures import PictureLoader
 from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor
@@ -37,9 +38,10 @@ class AutoencoderStage:
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(AutoencoderStage, argv[0], argv[1:])
     torch.manual_seed(stage.run.seed)
-    model = PatchAutoencoder(PatchAutoencoderConfig(image_size=stage.world.image_size, **stage.model))
+    fields = {**stage.model, "image_size": stage.world.image_size}
+    model = PatchAutoencoder(cast(PatchAutoencoderConfig, as_config("model", fields, PatchAutoencoderConfig.model_type)))
     processor = OrthusImageProcessor(size=stage.world.image_size)
-    with joined() as (rank, world_size):
+    with joined(stage.run.device) as (rank, world_size):
         loader = PictureLoader(stage.world, processor, stage.batch_size, stage.num_objects, "train", rank, world_size)
         fit(model, loader, stage.run, stage.optim)
         if rank == 0:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
-from orthus.training.settings import OptimSettings, RunSettings, load_settings
+from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
 from orthus.training.stages import DataSettings, SampleSettings, run_stage
 
 
@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     model = OrthusForConditionalGeneration.from_pretrained(stage.model)
     processor = OrthusProcessor.from_pretrained(stage.model)
     model.set_attn_implementation(stage.attention)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
 
 
 if __name__ == "__main__":

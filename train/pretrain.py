@@ -14,7 +14,7 @@ from orthus.data.pictures import PictureLoader
 from orthus.data.schema import Example
 from orthus.data.world.dataset import WorldDataset
 from orthus.processing import OrthusProcessor, build_processor
-from orthus.training.settings import OptimSettings, RunSettings, load_settings
+from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
 from orthus.training.stages import DataSettings, SampleSettings, run_stage
 
 CODEBOOK_BATCHES = 32
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
     model = build_orthus(autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
     model.set_attn_implementation(stage.attention)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples)
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
 
 
 def make_processor(stage: BaseStage, autoencoder: PatchAutoencoder) -> OrthusProcessor:

@@ -47,5 +47,6 @@ class ConditionDropping:
 
 
 def _drawn(turn: Turn) -> Turn:
-    """The pictures of an assistant turn, without its words."""
-    return replace(turn, segments=tuple(segment for segment in turn.segments if isinstance(segment, Image.Image)))
+    """The pictures of an assistant turn, without its words; a turn without pictures stays as it is."""
+    pictures = tuple(segment for segment in turn.segments if isinstance(segment, Image.Image))
+    return replace(turn, segments=pictures) if pictures else turn

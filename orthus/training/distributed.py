@@ -9,12 +9,15 @@ import torch.distributed as dist
 
 
 @contextmanager
-def joined() -> Iterator[tuple[int, int]]:
-    """(rank, world size) for the duration of the block; one process without torchrun is (0, 1)."""
+def joined(device: str = "cpu") -> Iterator[tuple[int, int]]:
+    """(rank, world size) for the duration of the block; one process without torchrun is (0, 1). On "cuda" each process takes
+    the GPU of its local rank."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

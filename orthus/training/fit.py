@@ -70,16 +70,18 @@ def fit(
     optim: OptimSettings,
     *,
     on_sample: Callable[[nn.Module, int], None] | None = None,
+    settings: dict[str, Any] | None = None,
 ) -> None:
     """Train until `run.num_steps`, then write the averaged weights to `output_dir/final`.
 
     The same call again resumes from the newest checkpoint of `output_dir`. SIGTERM writes a checkpoint and raises
     SystemExit(143). `on_sample(model, step)` gets the averaged weights every `sample_every` steps in the first process;
-    what it draws does not touch the run's random generators.
+    what it draws does not touch the run's random generators. `settings` (plain values; default: run and optim) are kept with
+    each checkpoint, and a resumed run says which of them have changed.
     Raises FloatingPointError at a loss or gradient that is not finite, with the batches saved beside the checkpoints.
     """
-    settings = {"run": to_dict(run), "optim": to_dict(optim)}
-    state = _start(model, loader, run, optim)
+    settings = settings or {"run": to_dict(run), "optim": to_dict(optim)}
+    state = _start(model, loader, run, optim, settings)
     final = Path(run.output_dir) / "final"
     if state.step >= run.num_steps and final.is_dir():
         _say(f"{run.output_dir} is complete at step {state.step}; raise run.num_steps or choose another output_dir")
@@ -212,7 +214,9 @@ def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], r
 # -- around the steps ----------------------------------------------------------------------------------------------
 
 
-def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings) -> TrainState:
+def _start(
+    model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings, settings: dict[str, Any]
+) -> TrainState:
     """A state at step 0, or at the newest checkpoint; every process has the weights of the first."""
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
@@ -228,7 +232,7 @@ def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSetti
     newest = latest(run.output_dir)
     if newest is not None:
         load_checkpoint(state, newest)
-        changed = differences(read(newest / "settings.yaml"), {"run": to_dict(run), "optim": to_dict(optim)})
+        changed = differences(read(newest / "settings.yaml"), settings)
         _say(f"resumed from {newest}" + (f"; changed since: {', '.join(changed)}" if changed else ""))
     return state
 

@@ -1,14 +1,13 @@
 """Base training and post-training of Orthus: the same stage, with a new model or with an earlier one."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from PIL import Image
 from torch import nn
+from torchvision.utils import save_image
 
 from orthus.building import freeze
 from orthus.data.dropping import ConditionDropping
@@ -21,6 +20,7 @@ from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
 from orthus.training.distributed import joined
 from orthus.training.fit import fit
+from orthus.training.metrics import plot_curves
 from orthus.training.settings import OptimSettings, RunSettings
 
 
@@ -55,18 +55,19 @@ def run_stage(
     optim: OptimSettings,
     frozen: tuple[str, ...],
     samples: SampleSettings,
+    settings: dict[str, Any],
 ) -> None:
     """Train and leave model and processor in `run.output_dir/final`. The autoencoder is always frozen."""
     freeze(model, ("autoencoder", *frozen))
-    model.autoencoder.eval()
-    with joined() as (rank, world_size):
+    with joined(run.device) as (rank, world_size):
         dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
         loader = PackedLoader(
             dropping, processor, data.rows_per_batch, data.row_length, rank=rank, world_size=world_size, seed=run.seed
         )
-        fit(model, loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)))
+        fit(model, loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)), settings=settings)
         if rank == 0:
+            plot_curves(Path(run.output_dir) / "metrics.jsonl")
             processor.save_pretrained(Path(run.output_dir) / "final")
 
 
@@ -79,28 +80,18 @@ def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Pat
         was_training = orthus.training
         orthus.eval()
         output = orthus.generate(
-            **processor(turns=turns),
+            **processor(turns=turns).to(orthus.device),
             **processor.guidance_streams(turns, samples.guidance),
-            modality="image",
+            modality="interleaved",
+            max_images=1,
+            force_image=True,
             num_diffusion_steps=samples.num_diffusion_steps,
-            generator=torch.Generator().manual_seed(0),
+            generator=torch.Generator(orthus.device).manual_seed(0),
         )
         orthus.train(was_training)
-        pictures = [segment for row in processor.decode_segments(output) for segment in row if isinstance(segment, Image.Image)]
         folder = output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        grid(pictures).save(folder / f"step-{step:08d}.png")
+        drawn = torch.cat(cast(list[torch.Tensor], output.pixel_values))
+        save_image(drawn, folder / f"step-{step:08d}.png", normalize=True, value_range=(-1, 1), pad_value=1)
 
     return draw
-
-
-def grid(pictures: list[Image.Image], scale: int = 2) -> Image.Image:
-    """Pictures of one size side by side in a near-square sheet, enlarged without smoothing."""
-    columns = math.ceil(math.sqrt(len(pictures)))
-    width, height = pictures[0].width * scale, pictures[0].height * scale
-    sheet = Image.new("RGB", (columns * (width + 4), math.ceil(len(pictures) / columns) * (height + 4)), "white")
-    for index, picture in enumerate(pictures):
-        row, column = divmod(index, columns)
-        enlarged = picture.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(enlarged, (column * (width + 4), row * (height + 4)))
-    return sheet
