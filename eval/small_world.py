@@ -332,7 +332,7 @@ def check_manifest(folder: Path, settings: Settings) -> None:
 
 def is_standard(settings: Settings) -> bool:
     """Whether the run is the one whose results lie beside a model: default settings on whatever machine."""
-    free = {"model": "", "output": "", "device": "", "batch_size": 1}
+    free: dict[str, Any] = {"model": "", "output": "", "device": "", "batch_size": 1}
     return replace(settings, **free) == replace(Settings(""), **free)
 
 
