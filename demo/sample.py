@@ -21,6 +21,7 @@ from orthus.data.schema import Segment, Turn
 from orthus.image_processing import load_image
 
 Tick = Callable[[int], Any]
+GUIDANCE_INTERVAL = (0.0, 0.85)  # whether a cell holds anything is decided above it, and guidance would spoil that
 PICTURE = Path(__file__).parent / "example.png"
 PROMPTS = (
     "a photo of a red circle",
@@ -80,7 +81,9 @@ class Studio:
         """One generator per row, so that a row does not depend on the others."""
         generators = [torch.Generator().manual_seed(self.seed + row) for row in range(len(turns))]
         inputs = self.processor(turns=turns)
-        output = self.model.generate(**inputs, generator=generators, on_position=on_position, **options)
+        output = self.model.generate(
+            **inputs, generator=generators, on_position=on_position, guidance_interval=GUIDANCE_INTERVAL, **options
+        )
         return self.processor.decode_segments(output)
 
 
@@ -139,8 +142,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=4, help="pictures of --prompt")
     parser.add_argument("--picture", default=str(PICTURE), help="picture file to ask about and to edit")
     parser.add_argument("--output", default="runs/sample")
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--image-guidance", type=float, default=1.5)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--image-guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 

@@ -1,6 +1,6 @@
 """The small-world benchmark of a model: generate, grade, report. The same command resumes.
 
-`python -m eval.small_world model=checkpoints/orthus-small [output=runs/eval-small num_per_task=200 seed=0 guidance=3.0]`
+`python -m eval.small_world model=checkpoints/orthus-small [output=runs/eval-small num_per_task=200 seed=0 guidance=2.0]`
 writes answers and grades under `output`, and `results.json` there and beside the model.
 """
 
@@ -66,11 +66,11 @@ class Settings:
     num_stories: int = 80
     seed: int = 0
     plan: bool = True
-    guidance: float = 3.0
+    guidance: float = 2.0
     edit_guidance: float = 2.0
     image_guidance: float = 1.0
     story_guidance: float = 2.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = (0.0, 0.85)
     num_diffusion_steps: int = 20
     solver: str | None = None
     batch_size: int = 64

@@ -43,7 +43,7 @@ class SampleSettings:
     """Pictures drawn every `run.sample_every` steps, one per prompt."""
 
     prompts: tuple[str, ...] = ("a photo of a red circle", "a photo of three blue stars", "a photo of a heart above a square")
-    guidance: float = 3.0
+    guidance: float = 2.0
     num_diffusion_steps: int = 20
 
 
