@@ -9,6 +9,7 @@ from orthus.conversion import config_from_published, is_published, read_tensor_s
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 LATENT_EMBEDDINGS = ("softmax", "argmin", "linear")
+IGNORE_INDEX = -100  # a label that asks for nothing
 OBJECTIVES = ("v_prediction", "flow_matching")
 
 

@@ -88,7 +88,7 @@ class DecodingLoop:
     def run(self, on_position: Callable[[int], None] | None) -> list[Row]:
         model = self.model
         embeddings = model.embed_inputs(self.prompt_ids, self.prompt_latents)
-        positions = (self.mask.cumsum(-1) - 1).masked_fill(self.mask == 0, 1)
+        positions = positions_from_mask(self.mask)
         hidden = self._advance(embeddings, positions)
         for done in range(1, self.limits.max_new_tokens + 1):
             fed = self._choose(hidden)
@@ -255,3 +255,9 @@ def _banned_ids(config: Any, device: torch.device) -> Tensor:
 
 def _pad_left(ids: Tensor, width: int, value: int) -> Tensor:
     return torch.nn.functional.pad(ids, (width - ids.shape[1], 0), value=value)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 1)

@@ -14,12 +14,11 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
 from orthus import generation, loading
-from orthus.configuration import OrthusConfig
+from orthus.configuration import IGNORE_INDEX, OrthusConfig
 from orthus.conversion import IGNORED_KEYS, PUBLISHED_KEY_MAPPING
+from orthus.decoding import positions_from_mask
 from orthus.diffusion_head import DiffusionHead, init_layer
 from orthus.soft_vq import LatentEmbedding
-
-IGNORE = -100
 
 
 @dataclass
@@ -182,7 +181,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         """Number of text tokens and latents that `batch` asks the model to predict."""
         targets = batch["labels"][:, 1:]
         num_image = int((targets == self.config.image_token_id).sum())
-        return {"text": int((targets != IGNORE).sum()) - num_image, "image": num_image}
+        return {"text": int((targets != IGNORE_INDEX).sum()) - num_image, "image": num_image}
 
     # ------------------------------------------------------------------ forward
 
@@ -267,7 +266,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         """Cross-entropy at text targets and diffusion loss at latent targets, as sums and counts."""
         image_token = self.config.image_token_id
         targets, sources = labels[:, 1:], hidden[:, :-1]
-        is_latent, is_text = targets == image_token, (targets != IGNORE) & (targets != image_token)
+        is_latent, is_text = targets == image_token, (targets != IGNORE_INDEX) & (targets != image_token)
         text_logits = self.lm_head(sources[is_text])
         text_sum = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum")
         image_sum = text_sum.new_zeros(())
@@ -328,12 +327,6 @@ def is_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> boo
     if attention_mask is not None or position_ids is None:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
-
-
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.masked_fill(attention_mask == 0, 1)
 
 
 AutoConfig.register(OrthusConfig.model_type, OrthusConfig, exist_ok=True)

@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
+from orthus.configuration import IGNORE_INDEX
 from orthus.data.schema import Segment, Turn
 from orthus.image_processing import OrthusImageProcessor
 from orthus.prompts import as_batch, as_rows, chat_turns, interleave, user_turn
@@ -23,7 +24,6 @@ from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOK
 
 __all__ = ["OrthusProcessor", "Rendered", "build_processor", "build_tokenizer"]
 
-IGNORE_INDEX = -100
 CACHED_TEXTS = 1 << 15
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from orthus.configuration import IGNORE_INDEX
 from orthus.data.schema import ExampleSource
-from orthus.processing import IGNORE_INDEX, OrthusProcessor, Rendered
+from orthus.processing import OrthusProcessor, Rendered
 
 MIN_SEEN = 100  # examples before a fraction of dropped ones means anything
 

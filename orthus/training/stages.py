@@ -77,8 +77,6 @@ def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Pat
     def draw(model: nn.Module, step: int) -> None:
         orthus = cast(OrthusForConditionalGeneration, model)
         turns = [[Turn("user", (prompt,))] for prompt in samples.prompts]
-        was_training = orthus.training
-        orthus.eval()
         output = orthus.generate(
             **processor(turns=turns).to(orthus.device),
             **processor.guidance_streams(turns, samples.guidance),
@@ -88,7 +86,6 @@ def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Pat
             num_diffusion_steps=samples.num_diffusion_steps,
             generator=torch.Generator(orthus.device).manual_seed(0),
         )
-        orthus.train(was_training)
         folder = output_dir / "samples"
         folder.mkdir(parents=True, exist_ok=True)
         drawn = torch.cat(cast(list[torch.Tensor], output.pixel_values))
