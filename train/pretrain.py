@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 def make_processor(stage: BaseStage, autoencoder: PatchAutoencoder) -> OrthusProcessor:
     """A processor whose tokenizer has seen the words of every task of the recipe, later stages included."""
     tasks = stage.tokenizer_tasks or stage.data.tasks
-    dataset = WorldDataset("train", tasks, stage.data.world, captions=stage.data.captions)
+    dataset = WorldDataset("train", tasks, stage.data.world, captions=stage.data.captions, plans=stage.data.plans)
     corpus = [text for index in range(stage.tokenizer_examples) for text in texts(dataset[index])]
     return build_processor(
         [*corpus, stage.unconditional_prompt],

@@ -8,10 +8,8 @@ OUT="${OUT:-runs/small}"
 torchrun --nproc-per-node "$NPROC" -m train.autoencoder configs/small/autoencoder.yaml run.output_dir="$OUT/autoencoder"
 torchrun --nproc-per-node "$NPROC" -m train.pretrain configs/small/base.yaml \
     run.output_dir="$OUT/base" autoencoder="$OUT/autoencoder/final"
-torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/mixed.yaml \
-    run.output_dir="$OUT/mixed" model="$OUT/base/final"
 torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/posttrain.yaml \
-    run.output_dir="$OUT/posttrain" model="$OUT/mixed/final"
+    run.output_dir="$OUT/posttrain" model="$OUT/base/final"
 python -m eval.small_world model="$OUT/posttrain/final" output="$OUT/eval"
 python -m eval.report --run "$OUT/eval" --html "$OUT/eval/report.html"
 echo "model $OUT/posttrain/final, results $OUT/eval/results.json, report $OUT/eval/report.html"

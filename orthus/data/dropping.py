@@ -10,11 +10,11 @@ from orthus.data.schema import Example, ExampleSource, Turn
 
 
 class ConditionDropping:
-    """Replaces what the user says by the unconditional prompt in a fraction of the examples of some tasks, and drops what the
-    assistant says before it draws.
+    """Replaces what the user says by the unconditional prompt in a fraction of the examples of some tasks.
 
-    A user turn with pictures (editing) keeps them and loses its text in one half of these cases, which is the image-only stream
-    of three-stream guidance, and loses both in the other half.
+    What the assistant says before it draws is dropped in one half of these cases, for guidance of pictures, and kept in the
+    other, for guidance of text. A user turn with pictures (editing) keeps them and loses its text in one half, which is the
+    image-only stream of three-stream guidance, and loses both in the other half.
 
     Args:
         fractions: share of examples to drop, by task; other tasks are left alone.
@@ -35,11 +35,11 @@ class ConditionDropping:
         fraction = self.fractions.get(example.task, 0.0)
         if fraction == 0:
             return example
-        draw, half = np.random.default_rng([self.seed, 11, index]).random(2)
+        draw, half, words = np.random.default_rng([self.seed, 11, index]).random(3)
         if draw >= fraction:
             return example
-        turns = tuple(self._dropped(turn, half < 0.5) if turn.role == "user" else _drawn(turn) for turn in example.turns)
-        return replace(example, turns=turns)
+        turns = [self._dropped(turn, half < 0.5) if turn.role == "user" else turn for turn in example.turns]
+        return replace(example, turns=tuple(turns if words < 0.5 else map(_drawn, turns)))
 
     def _dropped(self, turn: Turn, keep_pictures: bool) -> Turn:
         pictures = tuple(segment for segment in turn.segments if isinstance(segment, Image.Image))

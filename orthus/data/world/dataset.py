@@ -25,7 +25,11 @@ TASKS: dict[str, Callable[[Source], Draft]] = {
     "story": draft_story,
 }
 TASK_NAMES = ("t2i", *TASKS)
-PLANNED = ("t2i", "edit")
+IN_WORDS_FIRST: dict[str, Callable[[Draft], Draft]] = {
+    "t2i": Draft.with_plan,
+    "edit": Draft.with_plan,
+    "vqa": Draft.with_description,
+}
 DEFAULT_TASKS: Mapping[str, float] = {"t2i": 0.45, "vqa": 0.25, "describe": 0.1, "edit": 0.12, "story": 0.08}
 
 
@@ -36,7 +40,7 @@ class WorldDataset:
     tasks: weights of "t2i", "vqa", "describe", "edit" and "story"; ValueError for others or when none is positive.
     captions: weights of the caption kinds within "t2i".
     plans: share of "t2i" and "edit" examples in which the assistant first says what it will draw, every object with its
-        colour and place, and then draws it.
+        colour and place, and then draws it; and of "vqa" examples in which it first says what it sees, and then answers.
     """
 
     def __init__(
@@ -74,7 +78,8 @@ class WorldDataset:
         source = Source(rng, self.config, self.strict)
         task = pick_weighted(rng, self.weights)
         draft = draft_t2i(source, self.captions) if task == "t2i" else TASKS[task](source)
-        return draft.with_plan() if task in PLANNED and self.plans and rng.random() < self.plans else draft
+        is_in_words = task in IN_WORDS_FIRST and self.plans > 0 and rng.random() < self.plans
+        return IN_WORDS_FIRST[task](draft) if is_in_words else draft
 
     def scenes(self, index: int) -> list[Scene]:
         """The scenes behind all pictures of item `index`, in reading order."""

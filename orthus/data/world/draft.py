@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from numpy.random import Generator
 
 from orthus.data.schema import Example, Role, Segment, Turn
-from orthus.data.world.language import dense_phrase
+from orthus.data.world.language import dense_phrase, reasoned
 from orthus.data.world.render import picture
 from orthus.data.world.scene import Scene, WorldConfig
 
@@ -41,6 +41,13 @@ class Draft:
         *before, picture_scene = segments
         assert role == "assistant" and isinstance(picture_scene, Scene)
         return replace(self, turns=(*earlier, (role, (*before, dense_phrase(picture_scene), picture_scene))))
+
+    def with_description(self) -> Draft:
+        """The assistant first says what it sees: a full description of the user's picture goes before the first answer."""
+        (asker, asked), (role, (answer,)), *later = self.turns
+        (scene, *_) = asked
+        assert role == "assistant" and isinstance(scene, Scene) and isinstance(answer, str)
+        return replace(self, turns=((asker, asked), (role, (reasoned(dense_phrase(scene), answer),)), *later))
 
     def render(self) -> Example:
         """The example with pictures in place of scenes."""

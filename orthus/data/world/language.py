@@ -19,6 +19,7 @@ ROW_WORDS = ("top", "upper", "lower", "bottom")
 COLUMN_WORDS = ("far left", "left", "right", "far right")
 FRAMES = (("a photo of {}", 0.6), ("a picture of {}", 0.15), ("draw {}", 0.15), ("{}", 0.1))
 NOTHING = "nothing"
+ANSWER_MARK = ". Answer: "
 
 
 def article(word: str) -> str:
@@ -73,6 +74,16 @@ def dense_phrase(scene: Scene, items: Sequence[SceneObject] | None = None) -> st
     """Each object with its colour and place, in raster order unless `items` says otherwise; "nothing" for none."""
     chosen = raster_order(scene) if items is None else items
     return ", ".join(placed(item, scene.image_size) for item in chosen) or NOTHING
+
+
+def reasoned(description: str, answer: str) -> str:
+    """An answer after the description that it follows from; `final_answer` takes it apart."""
+    return f"{description}{ANSWER_MARK}{answer}"
+
+
+def final_answer(text: str) -> str:
+    """What stands after the description, or all of a text that has none."""
+    return text.rpartition(ANSWER_MARK)[2]
 
 
 def coarse_phrase(scene: Scene, by_columns: bool) -> str:
