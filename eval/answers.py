@@ -31,10 +31,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How a task is decoded. `guidance` weighs the text; `image_guidance` (editing) the picture in the prompt."""
+    """How a task is decoded. `guidance` weighs the text; `image_guidance` (editing) the picture in the prompt; `text_guidance`
+    the prompt where words are written before a picture."""
 
     modality: str
     guidance: float = 1.0
+    text_guidance: float = 1.0
     image_guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     num_diffusion_steps: int = 20
@@ -108,8 +110,11 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
     turns = [[Turn("user", request.segments)] for request in batch]
     device = model.device
     inputs = processor(turns=turns).to(device)
-    is_guided = decoding.modality != "text" and (decoding.guidance != 1.0 or decoding.image_guidance is not None)
-    streams = processor.guidance_streams(turns, decoding.guidance, decoding.image_guidance) if is_guided else {}
+    weights = (decoding.guidance, decoding.text_guidance, decoding.image_guidance or 1.0)
+    is_guided = decoding.modality != "text" and any(weight != 1.0 for weight in weights)
+    streams = (
+        processor.guidance_streams(turns, decoding.guidance, decoding.image_guidance, decoding.text_guidance) if is_guided else {}
+    )
     output = model.generate(
         **inputs,
         **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in streams.items()},

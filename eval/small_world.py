@@ -39,10 +39,11 @@ from eval.small_tasks import (
 from eval.statistics import Task, bootstrap
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
 from orthus.data.world.benchmark import story_items as make_story_items
+from orthus.data.world.language import final_answer
 from orthus.data.world.splits import fingerprint
 from orthus.training.settings import differences, load_settings, to_dict
 
-ANSWER_TOKENS = 8
+ANSWER_TOKENS = 128
 STORY_TOKENS = 256
 RESULTS = "results.json"
 
@@ -55,6 +56,7 @@ class Settings:
         `small_geneval_direct`, begin-of-image is forced at once.
     num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask.
     guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
+    text_guidance: weight of the prompt in what the model says before it draws for a caption.
     guidance_interval: part of the diffusion time in which guidance acts.
     mme_parser: official, lmms or strict.
     """
@@ -70,6 +72,7 @@ class Settings:
     edit_guidance: float = 2.0
     image_guidance: float = 1.0
     story_guidance: float = 2.0
+    text_guidance: float = 1.0
     guidance_interval: tuple[float, float] = (0.0, 0.85)
     num_diffusion_steps: int = 20
     solver: str | None = None
@@ -109,7 +112,12 @@ def make_items(settings: Settings) -> Items:
 def decodings(settings: Settings) -> dict[str, Decoding]:
     """How each task is decoded; recorded with the results."""
     image = Decoding(
-        "image", settings.guidance, None, settings.guidance_interval, settings.num_diffusion_steps, settings.solver, None, 1
+        "image",
+        settings.guidance,
+        guidance_interval=settings.guidance_interval,
+        num_diffusion_steps=settings.num_diffusion_steps,
+        solver=settings.solver,
+        max_images=1,
     )
     text = Decoding("text", num_diffusion_steps=settings.num_diffusion_steps, max_new_tokens=ANSWER_TOKENS)
     story = replace(image, modality="interleaved", guidance=settings.story_guidance)
@@ -121,7 +129,7 @@ def decodings(settings: Settings) -> dict[str, Decoding]:
         return replace(decoding, modality="interleaved", force_image=True) if settings.plan else decoding
 
     return {
-        "geneval": planned(image),
+        "geneval": replace(planned(image), text_guidance=settings.text_guidance if settings.plan else 1.0),
         "geneval_direct": image,
         "mme": text,
         "mme_blank": text,
@@ -198,8 +206,9 @@ def report_mme(items: Sequence[MmeItem], answers: Mapping[str, Answer], parser: 
 
 
 def mme_records(items: Sequence[MmeItem], answers: Mapping[str, Answer]) -> list[Record]:
+    """What is graded: the answer, without the description that the model may give before it."""
     return [
-        Record(item.image_id, question, truth, answers[f"{item.image_id}/{number}"].text)
+        Record(item.image_id, question, truth, final_answer(answers[f"{item.image_id}/{number}"].text))
         for item in items
         for number, (question, truth) in enumerate(item.questions)
     ]

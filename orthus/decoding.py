@@ -51,6 +51,14 @@ class Drawing:
     generator: torch.Generator | list[torch.Generator] | None
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How tokens are chosen: the likeliest, or sampled through `warpers`. `guidance` acts until a row's first image."""
+
+    warpers: LogitsProcessorList | None = None
+    guidance: float = 1.0
+
+
 @dataclass
 class Row:
     """What one row has written so far."""
@@ -69,9 +77,9 @@ class DecodingLoop:
         streams: list[Prompt],
         limits: Limits,
         drawing: Drawing,
-        warpers: LogitsProcessorList | None,
+        writing: Writing,
     ) -> None:
-        self.model, self.limits, self.drawing, self.warpers = model, limits, drawing, warpers
+        self.model, self.limits, self.drawing, self.writing = model, limits, drawing, writing
         self.num_streams, self.num_rows = len(streams), len(streams[0].input_ids)
         config = model.config
         width = max(stream.input_ids.shape[1] for stream in streams)
@@ -114,7 +122,7 @@ class DecodingLoop:
         """Extend each row by one token or latent; embeddings `(R, 1, D)` and positions `(R, 1)` to feed, None at the end."""
         config, model = self.model.config, self.model
         next_ids = torch.full((self.num_rows,), config.pad_token_id, device=hidden.device)
-        self._write_text(hidden[0], next_ids)
+        self._write_text(hidden, next_ids)
         drawing = [i for i, row in enumerate(self.rows) if row.mode == IMAGE and self._draws_latent(row, next_ids, i)]
         latents = self._draw(hidden[:, drawing], drawing) if drawing else None
         for index in drawing:
@@ -131,7 +139,7 @@ class DecodingLoop:
         return self._feed(embeddings, active, next_ids)
 
     def _write_text(self, hidden: Tensor, next_ids: Tensor) -> None:
-        """One token for each row in text mode: forced, greedy or sampled."""
+        """One token for each row in text mode, from hidden states `(streams, B, D)`: forced, greedy or sampled."""
         config = self.model.config
         writing = [i for i, row in enumerate(self.rows) if row.mode == TEXT]
         if not writing:
@@ -139,7 +147,7 @@ class DecodingLoop:
         if self.limits.modality == "image":
             chosen = [config.boi_token_id] * len(writing)
         else:
-            logits = self.model.lm_head(hidden[writing]).float()
+            logits = self._logits(hidden[:, writing], writing)
             logits[:, self.banned] = -torch.inf
             for index, row_logits in zip(writing, logits, strict=True):
                 if not self._may_draw(self.rows[index]):
@@ -160,10 +168,23 @@ class DecodingLoop:
             elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
                 row.mode = FINISHED
 
+    def _logits(self, hidden: Tensor, writing: list[int]) -> Tensor:
+        """Scores of the next token `(len(writing), V)`, guided in rows without an image (arXiv 2306.17806, section 3)."""
+        scores = self.model.lm_head(hidden[0]).float()
+        guided = [place for place, index in enumerate(writing) if self._guides_text(self.rows[index])]
+        if guided:
+            given = scores[guided].log_softmax(-1)
+            uncond = self.model.lm_head(hidden[-1, guided]).float().log_softmax(-1)
+            scores[guided] = uncond + self.writing.guidance * (given - uncond)
+        return scores
+
+    def _guides_text(self, row: Row) -> bool:
+        return self.writing.guidance != 1.0 and row.mode == TEXT and not row.images
+
     def _pick(self, logits: Tensor, writing: list[int]) -> list[int]:
-        if self.warpers is None:
+        if self.writing.warpers is None:
             return logits.argmax(-1).tolist()
-        probabilities = self.warpers(cast(Any, None), logits).softmax(-1)
+        probabilities = self.writing.warpers(cast(Any, None), logits).softmax(-1)
         draws = [torch.multinomial(p, 1, generator=self._generator(i)) for i, p in zip(writing, probabilities, strict=True)]
         return torch.cat(draws).tolist()
 
@@ -234,11 +255,11 @@ class DecodingLoop:
             self.positions[row] = self.prompt_lengths[row]
 
     def _feed(self, embeddings: Tensor, active: list[bool], next_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Extend mask and positions by one column; guidance streams are visible only while their row draws."""
+        """Extend mask and positions by one column; guidance streams are visible only while they guide their row."""
         visible = torch.zeros(self.num_streams, self.num_rows, dtype=torch.long, device=embeddings.device)
         visible[0] = torch.tensor(active, device=embeddings.device)
-        drawing = torch.tensor([row.mode == IMAGE for row in self.rows], device=embeddings.device)
-        visible[1:] = drawing
+        guided = [row.mode == IMAGE or self._guides_text(row) for row in self.rows]
+        visible[1:] = torch.tensor(guided, device=embeddings.device)
         visible = visible.flatten()
         positions = self.positions.unsqueeze(-1).clone()
         self.positions += visible

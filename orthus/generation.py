@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 from transformers.utils import ModelOutput
 
-from orthus.decoding import DecodingLoop, Drawing, Limits, Prompt, Row
+from orthus.decoding import DecodingLoop, Drawing, Limits, Prompt, Row, Writing
 
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
@@ -37,6 +37,7 @@ def generate(
     *,
     modality: str = "interleaved",
     guidance: float = 1.0,
+    text_guidance: float = 1.0,
     negative_input_ids: Tensor | None = None,
     negative_attention_mask: Tensor | None = None,
     image_guidance: float | None = None,
@@ -64,6 +65,7 @@ def generate(
         modality: `"text"`, `"image"` (begin-of-image is forced, `max_images` images, default 1) or `"interleaved"` (each row
             chooses by itself).
         guidance: classifier-free guidance weight of the text; other than 1 it needs `negative_input_ids` `(1 | B, P')`.
+        text_guidance: the same for the tokens that a row writes before its first image: what it says that it will draw.
         image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
             images and without its text.
         guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
@@ -83,7 +85,7 @@ def generate(
     streams = [Prompt(input_ids, mask, latents)]
     if image_guidance is not None:
         streams.append(_stream("image_guidance", image_negative_input_ids, image_negative_attention_mask, input_ids, latents))
-    if guidance != 1.0 or image_guidance is not None:
+    if guidance != 1.0 or text_guidance != 1.0 or image_guidance is not None:
         streams.append(_stream("guidance", negative_input_ids, negative_attention_mask, input_ids, None))
     if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
         max_images = noise.shape[1]
@@ -95,7 +97,7 @@ def generate(
         warpers.append(TemperatureLogitsWarper(float(temperature)))
     if do_sample and top_p < 1.0:
         warpers.append(TopPLogitsWarper(float(top_p)))
-    loop = DecodingLoop(model, streams, limits, drawing, warpers if do_sample else None)
+    loop = DecodingLoop(model, streams, limits, drawing, Writing(warpers if do_sample else None, text_guidance))
     rows = loop.run(on_position)
     return _output(model, rows, decode)
 

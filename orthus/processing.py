@@ -248,9 +248,13 @@ class OrthusProcessor(ProcessorMixin):
         turn = user_turn([self.unconditional_prompt])
         return torch.tensor([self.render([turn], add_generation_prompt=True).input_ids])
 
-    def guidance_streams(self, turns: Any, guidance: float, image_guidance: float | None = None) -> dict[str, Any]:
+    def guidance_streams(
+        self, turns: Any, guidance: float, image_guidance: float | None = None, text_guidance: float = 1.0
+    ) -> dict[str, Any]:
         """The arguments of `generate` for guidance: two streams, or three with `image_guidance` (every row has a picture)."""
         streams: dict[str, Any] = {"guidance": guidance, "negative_input_ids": self.unconditional_ids}
+        if text_guidance != 1.0:
+            streams["text_guidance"] = text_guidance
         if image_guidance is not None:
             pictures = self.unconditional(turns, keep_images=True)
             streams["image_guidance"] = image_guidance

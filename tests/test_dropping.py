@@ -26,9 +26,11 @@ def said(example: Example) -> list[tuple[object, ...]]:
     return [tuple("PICTURE" if isinstance(s, Image.Image) else s for s in turn.segments) for turn in example.turns]
 
 
-def test_prompt_and_plan_go_and_the_picture_stays() -> None:
-    dropped = ConditionDropping(Source("t2i"), {"t2i": 1.0}, "draw")[5]
-    assert said(dropped) == [("draw",), ("PICTURE",)]
+def test_the_prompt_goes_and_the_plan_goes_in_half_of_the_cases() -> None:
+    dropping = ConditionDropping(Source("t2i"), {"t2i": 1.0}, "draw")
+    kinds = [said(dropping[index]) for index in range(400)]
+    bare, planned = [("draw",), ("PICTURE",)], [("draw",), ("a red circle at the top", "PICTURE")]
+    assert all(kind in (bare, planned) for kind in kinds) and 150 < kinds.count(bare) < 250
 
 
 def test_editing_keeps_the_picture_in_half_of_the_cases() -> None:

@@ -63,6 +63,44 @@ def test_batched_and_cached_equals_one_at_a_time_without_cache(objective: str, g
     assert output.pixel_values[0].shape == (1, 3, 8, 8)
 
 
+def reference_words(model, prompt, negative, guidance, steps):
+    """No cache, one row: both prompts run again with all that was written, until begin-of-image."""
+    written: list[int] = []
+    while len(written) < steps and BOI not in written:
+        given, uncond = (
+            model.lm_head(model(torch.tensor([ids + written])).last_hidden_state[0, -1]).log_softmax(-1)
+            for ids in (prompt, negative)
+        )
+        scores = uncond + guidance * (given - uncond)
+        scores[[IMG, EOI, 1, 0, *range(model.config.code_offset, model.config.code_offset + model.config.num_codes)]] = -torch.inf
+        written.append(int(scores.argmax()))
+    return written
+
+
+def test_guided_words_equal_two_streams_without_cache_and_leave_the_picture_alone() -> None:
+    model, negative, noise = tiny_model(), [0, 20, SEP], torch.randn(2, 1, 4, 3)
+    prompts = [PROMPTS[0], PROMPTS[2]]
+    ids, mask = left_padded(prompts)
+    options = {"negative_input_ids": torch.tensor([negative]), "max_images": 1, "max_new_tokens": 20, "force_image": True,
+               "guidance": 3.0, "noise": noise}  # fmt: skip
+    guided = model.generate(ids, mask, text_guidance=4.0, **options)
+    assert guided.sequences.tolist() != model.generate(ids, mask, **options).sequences.tolist()
+    for row, prompt in enumerate(prompts):
+        tokens = guided.sequences[row].tolist()
+        place = tokens.index(BOI)
+        assert place > 0, "nothing was written before the picture, so nothing is tested"
+        words = reference_words(model, prompt, negative, 4.0, place)
+        assert words[:place] == tokens[:place]
+        # The unconditional stream of the picture does not see the words.
+        expected = reference_image(model, prompt + tokens[:place], negative, 3.0, noise[row, 0])
+        torch.testing.assert_close(guided.image_latents[row][0], expected, atol=2e-4, rtol=1e-3)
+
+
+def test_guided_words_need_the_unconditional_prompt() -> None:
+    with pytest.raises(ValueError, match="negative_input_ids"):
+        tiny_model().generate(torch.tensor([PROMPTS[0]]), text_guidance=2.0)
+
+
 def test_interleaved_batch_equals_single_with_guidance() -> None:
     model = eager_to_draw(tiny_model(), 3.0)
     ids, mask = left_padded(PROMPTS)

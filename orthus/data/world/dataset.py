@@ -28,7 +28,7 @@ TASK_NAMES = ("t2i", *TASKS)
 IN_WORDS_FIRST: dict[str, Callable[[Draft], Draft]] = {
     "t2i": Draft.with_plan,
     "edit": Draft.with_plan,
-    "vqa": Draft.with_description,
+    "vqa": Draft.with_reasons,
 }
 DEFAULT_TASKS: Mapping[str, float] = {"t2i": 0.45, "vqa": 0.25, "describe": 0.1, "edit": 0.12, "story": 0.08}
 
@@ -40,7 +40,8 @@ class WorldDataset:
     tasks: weights of "t2i", "vqa", "describe", "edit" and "story"; ValueError for others or when none is positive.
     captions: weights of the caption kinds within "t2i".
     plans: share of "t2i" and "edit" examples in which the assistant first says what it will draw, every object with its
-        colour and place, and then draws it; and of "vqa" examples in which it first says what it sees, and then answers.
+        colour and place, and then draws it; and of "vqa" examples in which it first says what it sees and
+        what follows from it, and then answers.
     """
 
     def __init__(

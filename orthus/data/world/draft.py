@@ -26,10 +26,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """An example before rendering."""
+    """An example before rendering. reasons: for each answer on a picture the facts that it follows from, or ""."""
 
     turns: tuple[DraftTurn, ...]
     task: str
+    reasons: tuple[str, ...] = ()
 
     def scenes(self) -> list[Scene]:
         """All scenes in reading order."""
@@ -42,12 +43,16 @@ class Draft:
         assert role == "assistant" and isinstance(picture_scene, Scene)
         return replace(self, turns=(*earlier, (role, (*before, dense_phrase(picture_scene), picture_scene))))
 
-    def with_description(self) -> Draft:
-        """The assistant first says what it sees: a full description of the user's picture goes before the first answer."""
-        (asker, asked), (role, (answer,)), *later = self.turns
-        (scene, *_) = asked
-        assert role == "assistant" and isinstance(scene, Scene) and isinstance(answer, str)
-        return replace(self, turns=((asker, asked), (role, (reasoned(dense_phrase(scene), answer),)), *later))
+    def with_reasons(self) -> Draft:
+        """The assistant says what it sees before its first answer, and the facts that each answer follows from."""
+        (scene, *_) = self.turns[0][1]
+        assert isinstance(scene, Scene)
+        turns, description = list(self.turns), dense_phrase(scene)
+        for place, facts in zip(range(1, len(turns), 2), self.reasons, strict=True):
+            role, (answer,) = turns[place]
+            assert role == "assistant" and isinstance(answer, str)
+            turns[place] = role, (reasoned([description, facts] if place == 1 else [facts], answer),)
+        return replace(self, turns=tuple(turns))
 
     def render(self) -> Example:
         """The example with pictures in place of scenes."""

@@ -76,13 +76,14 @@ def dense_phrase(scene: Scene, items: Sequence[SceneObject] | None = None) -> st
     return ", ".join(placed(item, scene.image_size) for item in chosen) or NOTHING
 
 
-def reasoned(description: str, answer: str) -> str:
-    """An answer after the description that it follows from; `final_answer` takes it apart."""
-    return f"{description}{ANSWER_MARK}{answer}"
+def reasoned(reasons: Sequence[str], answer: str) -> str:
+    """An answer after what it follows from ("" is left out); `final_answer` takes it apart."""
+    given = ". ".join(reason for reason in reasons if reason)
+    return f"{given}{ANSWER_MARK}{answer}" if given else answer
 
 
 def final_answer(text: str) -> str:
-    """What stands after the description, or all of a text that has none."""
+    """What stands after the reasons, or all of a text that gives none."""
     return text.rpartition(ANSWER_MARK)[2]
 
 

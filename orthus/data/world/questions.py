@@ -32,7 +32,7 @@ class Question:
     """A question with its answer.
 
     asks: facts that it asks for. reveals: facts that can be read off the question and its answer. Two questions may
-    stand in one dialogue only if neither reveals what the other asks.
+    stand in one dialogue only if neither reveals what the other asks. about: the class, or class, relation and class.
     """
 
     text: str
@@ -40,6 +40,7 @@ class Question:
     kind: str
     asks: frozenset[str]
     reveals: frozenset[str]
+    about: tuple[str, ...] = ()
 
     def agrees_with(self, other: Question) -> bool:
         """Whether neither question gives the other away."""
@@ -170,8 +171,28 @@ def try_twin(source: Source, switches: tuple[str, ...], num_extra: int | None = 
     return twin
 
 
-def _yes_no(text: str, truth: bool, kind: str, asks: set[str], reveals: set[str]) -> Question:
-    return Question(text + YES_NO, "yes" if truth else "no", kind, frozenset(asks), frozenset(asks | reveals))
+def _yes_no(text: str, truth: bool, kind: str, asks: set[str], reveals: set[str], about: tuple[str, ...]) -> Question:
+    return Question(text + YES_NO, "yes" if truth else "no", kind, frozenset(asks), frozenset(asks | reveals), about)
+
+
+def facts(question: Question, scene: Scene) -> str:
+    """What a yes/no question needs to know of the scene, in words; "" for an open question.
+
+    "two moons" (existence, count), "the moon is red" (colour), "the moon at the upper left, the star at the top left: the
+    moon is below the star" (position).
+    """
+    if question.kind not in SUBTASKS:
+        return ""
+    of_class = {shape: [item for item in scene.objects if item.shape == shape] for shape in question.about}
+    if question.kind in ("existence", "count"):
+        (shape,) = question.about
+        return several(len(of_class[shape]), shape)
+    if question.kind == "color":
+        (shape,) = question.about
+        return f"the {shape} is {of_class[shape][0].color}"
+    a, relation, b = question.about
+    places = [f"the {shape} at the {place_words(cell_of(of_class[shape][0], scene.image_size))}" for shape in (a, b)]
+    return f"{', '.join(places)}: the {a} is {relation if question.answer == 'yes' else MIRROR[relation]} the {b}"
 
 
 def _exists(*shapes: str) -> set[str]:
@@ -180,22 +201,22 @@ def _exists(*shapes: str) -> set[str]:
 
 def existence_question(shape: str, other: str, truth: bool) -> Question:
     """Is there an object of the class? `other` is the class that is there if and only if this one is not."""
-    return _yes_no(f"Is there {one(shape)} in the picture?", truth, "existence", _exists(shape, other), set())
+    return _yes_no(f"Is there {one(shape)} in the picture?", truth, "existence", _exists(shape, other), set(), (shape,))
 
 
 def count_question(shape: str, count: int, truth: bool) -> Question:
     verb = f"Is there only one {shape}" if count == 1 else f"Are there {several(count, shape)}"
-    return _yes_no(f"{verb} in the picture?", truth, "count", {f"count {shape}"}, _exists(shape))
+    return _yes_no(f"{verb} in the picture?", truth, "count", {f"count {shape}"}, _exists(shape), (shape,))
 
 
 def position_question(a: str, relation: str, b: str, truth: bool) -> Question:
     asks = {f"where {a}", f"where {b}"}
-    return _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b))
+    return _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b), (a, relation, b))
 
 
 def color_question(shape: str, color: str, truth: bool, short: bool = True) -> Question:
     text = f"Is the {shape} {color}?" if short else f"Is there {one(shape, color)} in the picture?"
-    return _yes_no(text, truth, "color", {f"color {shape}"}, _exists(shape))
+    return _yes_no(text, truth, "color", {f"color {shape}"}, _exists(shape), (shape,))
 
 
 def opposites(rng: Generator, twin: TwinScene, switch: str, flipped: bool) -> tuple[Question, Question]:
@@ -312,14 +333,14 @@ def _draw_switches(rng: Generator) -> tuple[str, ...]:
 
 
 def draft_vqa(source: Source) -> Draft:
-    """A picture and three to five questions on it in random order, yes/no and open, none giving another away."""
+    """A picture and two to four questions on it in random order, yes/no and open, none giving another away."""
     rng = source.rng
     switches = _draw_switches(rng)
     twin = retry(lambda: try_twin(source, switches), f"twin scene with {switches}")
     flipped = frozenset(name for name in switches if rng.random() < 0.5)
     scene = twin.setting(flipped)
     questions = [pick(rng, opposites(rng, twin, name, name in flipped)) for name in switches]
-    total = 3 + int(rng.random() * 3)
+    total = 2 + int(rng.random() * 3)
     for _ in range(30):
         if len(questions) >= total:
             break
@@ -327,8 +348,11 @@ def draft_vqa(source: Source) -> Draft:
         if extra is not None and all(extra.agrees_with(question) for question in questions):
             questions.append(extra)
     turns: list[DraftTurn] = []
-    for place, question in enumerate(shuffled(rng, questions)):
+    questions = shuffled(rng, questions)
+    reasons = [facts(question, scene) for question in questions]
+    for place, question in enumerate(questions):
         turns += [user(question.text) if place else user(scene, question.text), assistant(question.answer)]
     if not any(question.kind == "existence" for question in questions) and rng.random() < 0.1:
         turns += [user(DESCRIBE), assistant(dense_phrase(scene))]
-    return Draft(tuple(turns), "vqa")
+        reasons.append("")
+    return Draft(tuple(turns), "vqa", tuple(reasons))
