@@ -1,5 +1,6 @@
 """What `from_pretrained` adds to `transformers`' own: refusal of incomplete, misshaped, damaged and unsafe weights."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ def refuse_pickles(name_or_path: str, subfolder: str = "") -> None:
     pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
     found = f"only {', '.join(pickles)}, which orthus does not open because a pickle can run code" if pickles else "no weights"
     raise ValueError(f"{folder} holds {found}; save the weights as model.safetensors")
+
+
+def refuse_missing_shards(name_or_path: str, subfolder: str = "") -> None:
+    """ValueError for a local folder that lacks some of the weight files which its index names."""
+    folder = Path(name_or_path) / subfolder
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    missing = [name for name in shards if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of {len(shards)} weight files: {', '.join(missing)}; download again")
 
 
 def damaged(error: SafetensorError, name_or_path: str) -> ValueError:

@@ -89,12 +89,13 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     ) -> Any:
         """Load our layout or the published one (`model_type: chameleon`), from a folder or a hub name, safetensors only.
 
-        Options are those of `PreTrainedModel.from_pretrained`. Raises ValueError for missing or misshaped tensors, a damaged
-        file, or pickles; `allow_missing=True` starts missing tensors from random values (Chameleon as a base).
+        Options are those of `PreTrainedModel.from_pretrained`. Raises ValueError for missing or misshaped tensors, a missing
+        or damaged file, or pickles; `allow_missing=True` starts missing tensors from random values (Chameleon as a base).
         """
         path = str(pretrained_model_name_or_path)
         wants_report = options.pop("output_loading_info", False)
         loading.refuse_pickles(path, options.get("subfolder", ""))
+        loading.refuse_missing_shards(path, options.get("subfolder", ""))
         accept_misshaped = options.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
         try:
@@ -225,9 +226,12 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if position_ids is None and attention_mask is not None and attention_mask.ndim == 2:
             position_ids = positions_from_mask(attention_mask)[:, -inputs_embeds.shape[1] :]
         self._check_length(inputs_embeds.shape[1], past_key_values)
+        shape, packed = inputs_embeds.shape, past_key_values is None and is_packed(attention_mask, position_ids)
         if use_cache is None and past_key_values is None:
             # A cache would keep the backbone from seeing packed examples in `position_ids`; a loss has no use for one.
-            use_cache = None if labels is None and not is_packed(attention_mask, position_ids) else False
+            use_cache = None if labels is None and not packed else False
+        if packed and needs_one_row(self.backbone.config):
+            inputs_embeds, position_ids = inputs_embeds.reshape(1, -1, shape[-1]), cast(Tensor, position_ids).reshape(1, -1)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         outputs = self.backbone(
@@ -239,7 +243,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             **backbone_kwargs,
         )
-        hidden = outputs.last_hidden_state
+        hidden = outputs.last_hidden_state.reshape(shape)
         if skip_logits is None:
             skip_logits = self.training and labels is not None
         if labels is not None and input_ids is None:
@@ -249,7 +253,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             **losses,
             logits=None if skip_logits else self.lm_head(hidden[:, -logits_to_keep:]),
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
+            hidden_states=outputs.hidden_states and tuple(states.reshape(shape) for states in outputs.hidden_states),
             attentions=outputs.attentions,
             last_hidden_state=hidden,
         )
@@ -327,6 +331,12 @@ def is_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> boo
     if attention_mask is not None or position_ids is None:
         return False
     return bool((position_ids.diff(dim=-1) != 1).any())
+
+
+def needs_one_row(config: Any) -> bool:
+    """Whether the attention back end finds packed examples in a single row only, as FlashAttention does in `transformers`:
+    with more rows it would attend across examples, so packed rows are laid end to end."""
+    return "flash" in (config._attn_implementation or "")
 
 
 AutoConfig.register(OrthusConfig.model_type, OrthusConfig, exist_ok=True)

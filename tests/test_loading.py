@@ -42,6 +42,14 @@ def test_damaged_file_is_refused(folder: Path) -> None:
         OrthusForConditionalGeneration.from_pretrained(folder)
 
 
+def test_a_missing_weight_file_is_named(model: OrthusForConditionalGeneration, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="10KB")
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    with pytest.raises(ValueError, match=rf"lacks 1 of \d+ weight files: {gone.name}"):
+        OrthusForConditionalGeneration.from_pretrained(tmp_path)
+
+
 def test_pickles_are_refused(folder: Path) -> None:
     torch.save({}, folder / "pytorch_model.bin")
     (folder / "model.safetensors").rename(folder / "weights.hidden")

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from transformers import LlamaConfig
 
 from orthus.configuration import OrthusConfig
-from orthus.modeling import OrthusForConditionalGeneration
+from orthus.modeling import OrthusForConditionalGeneration, needs_one_row
 
 BOI, EOI, SEP, IMG = 4, 5, 6, 7
 IMAGE = [BOI, IMG, IMG, IMG, IMG, EOI]
@@ -60,6 +61,27 @@ def test_packed_equals_padded(model: OrthusForConditionalGeneration) -> None:
     one, two = model(**packed, **draws), model(**padded, **draws)
     torch.testing.assert_close(one.text_loss, two.text_loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(one.image_loss, two.image_loss, atol=1e-5, rtol=1e-5)
+
+
+def test_rows_laid_end_to_end_for_flash_attention_change_nothing(
+    model: OrthusForConditionalGeneration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = packed_and_padded()
+    rows = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in packed.items()}
+    draws = {"timesteps": torch.randint(0, 1000, (8,)), "noise": torch.randn(8, 3)}
+    expected = model(**rows, **draws, output_hidden_states=True)
+    monkeypatch.setattr("orthus.modeling.needs_one_row", lambda config: True)
+    found = model(**rows, **draws, output_hidden_states=True)
+    torch.testing.assert_close(found.loss, expected.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert [states.shape for states in found.hidden_states] == [states.shape for states in expected.hidden_states]
+
+
+def test_which_back_ends_need_one_row() -> None:
+    config = LlamaConfig()
+    for name in ("eager", "sdpa", "flash_attention_2", "kernels-community/flash-attn3"):
+        config._attn_implementation_internal = name
+        assert needs_one_row(config) is ("flash" in name)
 
 
 def test_a_latent_is_predicted_by_the_position_before_it(model: OrthusForConditionalGeneration) -> None:

@@ -25,7 +25,7 @@ from orthus.data.world.captions import KINDS, captioned_scene
 from orthus.data.world.dataset import NUM_ITEMS, TASK_NAMES, WorldDataset
 from orthus.data.world.draft import Source
 from orthus.data.world.edits import EDITS, Edit, draw_edit
-from orthus.data.world.language import COLUMN_WORDS, NUMBERS, ROW_WORDS, place_words, plural
+from orthus.data.world.language import COLUMN_WORDS, NUMBERS, ROW_WORDS, dense_phrase, final_answer, place_words, plural
 from orthus.data.world.questions import YES_NO
 from orthus.data.world.render import render
 from orthus.data.world.sampling import SamplingError, Wanted, sample_scene
@@ -250,6 +250,39 @@ def test_yes_and_no_are_balanced_and_true_in_training() -> None:
     assert 0.8 < np.std(scores) < 1.2
     totals = np.sum(list(tally.values()), axis=0)
     assert abs(totals[1] / totals.sum() - 0.5) < 0.03
+
+
+def test_words_come_first_and_are_true() -> None:
+    """Plans name what the picture holds; answers name the facts that they follow from."""
+    dataset = WorldDataset("train", {"t2i": 1.0, "vqa": 2.0, "edit": 1.0}, plans=1.0)
+    plain = WorldDataset("train", {"t2i": 1.0, "vqa": 2.0, "edit": 1.0})
+    num_facts = 0
+    for index in range(400):
+        draft, bare = dataset.draft(index), plain.draft(index)
+        assert draft.scenes() == bare.scenes() and draft.turns[::2] == bare.turns[::2]
+        description = dense_phrase(draft.scenes()[-1])
+        if draft.task != "vqa":
+            assert draft.turns[-1][1] == (description, draft.scenes()[-1])
+            continue
+        assert str(draft.turns[1][1][0]).startswith(f"{description}. ")
+        for (_, asked), (_, said), (_, short) in zip(draft.turns[::2], draft.turns[1::2], bare.turns[1::2], strict=True):
+            assert (final_answer(str(said[0])),) == short
+            facts = str(said[0]).removeprefix(description).removeprefix(". ").rpartition("Answer: ")[0].removesuffix(". ")
+            assert bool(facts) == str(asked[-1]).endswith(YES_NO)
+            num_facts += bool(facts)
+            for count, color, shape in phrases(facts) if facts and " is " not in facts else []:
+                assert len(having(draft.scenes()[0], shape, color)) == count
+            if match := re.fullmatch(r"the (\w+) is (\w+)", facts):
+                assert having(draft.scenes()[0], match[1])[0].color == match[2]
+            if match := re.fullmatch(r"the (\w+) at the ([\w ]+), the (\w+) at the ([\w ]+): the \1 is ([\w ]+) the \3", facts):
+                (a,), (b,) = having(draft.scenes()[0], match[1]), having(draft.scenes()[0], match[3])
+                assert match[5] in relations(a, b)
+                assert [place_words(cell_of(item, 64)) for item in (a, b)] == [match[2], match[4]]
+    assert num_facts > 150
+
+
+def test_an_answer_without_reasons_is_itself() -> None:
+    assert final_answer("yes") == "yes" and final_answer("a. Answer: b. Answer: no") == "no"
 
 
 def same_objects(edit: Edit) -> tuple[set[SceneObject], set[SceneObject]]:
