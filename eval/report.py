@@ -21,6 +21,7 @@ TABLES = (
     ("small_geneval", "Small GenEval"),
     ("small_geneval_direct", "Small GenEval, begin-of-image forced at once"),
     ("small_mme", "Small MME (accuracy)"),
+    ("describing", "Descriptions (every object with class, colour and place)"),
     ("editing", "Editing"),
     ("interleaved", "Interleaved stories"),
 )

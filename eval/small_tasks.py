@@ -18,6 +18,7 @@ from eval.geneval import Detection as Judged
 from eval.geneval import Options, Verdict, detected_colors, verdict
 from eval.grader import Detection, as_judged, detect
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem
+from orthus.data.world.captions import DESCRIBE
 from orthus.data.world.render import picture
 from orthus.data.world.scene import Scene, SceneObject, cell_of, relations
 
@@ -85,6 +86,10 @@ def mme_requests(items: Sequence[MmeItem], blank: bool = False) -> list[Request]
         for item in items
         for number, (question, _) in enumerate(item.questions)
     ]
+
+
+def describe_requests(scenes: Sequence[Scene]) -> list[Request]:
+    return [Request(f"{number:05d}", (picture(scene), DESCRIBE)) for number, scene in enumerate(scenes)]
 
 
 def edit_requests(items: Sequence[EditItem]) -> list[Request]:

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,28 +24,27 @@ from PIL import Image
 
 from eval import floors
 from eval.answers import Answer, Decoding, Request, ask
-from eval.geneval import TAGS, Protocol, summarise
-from eval.mme import Record, grade, image_scores, score_subtask
-from eval.profile_grader import detect_by_profile
-from eval.small_tasks import (
-    edit_requests,
-    geneval_requests,
-    grade_geneval,
-    judge_edit,
-    judge_story,
-    mme_requests,
-    story_requests,
+from eval.small_reports import (
+    mme_records,
+    report_descriptions,
+    report_edits,
+    report_geneval,
+    report_mme,
+    report_stories,
+    write_lines,
 )
-from eval.statistics import Task, bootstrap
+from eval.small_tasks import describe_requests, edit_requests, geneval_requests, mme_requests, story_requests
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
 from orthus.data.world.benchmark import story_items as make_story_items
-from orthus.data.world.language import final_answer
+from orthus.data.world.dataset import WorldDataset
+from orthus.data.world.scene import Scene
 from orthus.data.world.splits import fingerprint
 from orthus.training.settings import differences, load_settings, to_dict
 
 ANSWER_TOKENS = 128
 STORY_TOKENS = 256
 RESULTS = "results.json"
+TASKS = ("geneval", "geneval_direct", "mme", "describe", "edit", "story")
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,9 @@ class Settings:
 
     plan: captions and edits are answered freely, so that the model may say what it will draw before it draws; without, and in
         `small_geneval_direct`, begin-of-image is forced at once.
-    num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask.
+    tasks: what is asked: some of geneval, geneval_direct, mme (with a blank picture as well), describe, edit, story.
+    num_per_task: GenEval-form prompts of each of the six tasks; half as many pictures of each question subtask;
+        as many pictures to describe.
     guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
     text_guidance: weight of the prompt in what the model says before it draws for a caption.
     guidance_interval: part of the diffusion time in which guidance acts.
@@ -63,6 +64,7 @@ class Settings:
 
     model: str
     output: str = "runs/eval-small"
+    tasks: tuple[str, ...] = TASKS
     num_per_task: int = 200
     num_edits: int = 120
     num_stories: int = 80
@@ -85,6 +87,9 @@ class Settings:
         for name in ("num_per_task", "num_edits", "num_stories", "num_diffusion_steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give at least 1")
+        for task in self.tasks:
+            if task not in TASKS:
+                raise ValueError(f"task {task!r} is unknown; use some of {', '.join(TASKS)}")
         if self.num_per_task % 4:
             raise ValueError(f"num_per_task={self.num_per_task}; give a multiple of 4 (question pictures come in twins)")
 
@@ -95,15 +100,19 @@ class Items:
 
     geneval: list[dict[str, Any]]
     mme: list[MmeItem]
+    descriptions: list[tuple[Scene, str]]
     edits: list[EditItem]
     stories: list[StoryItem]
 
 
 def make_items(settings: Settings) -> Items:
     """The held-out benchmark (fixed by its own seed, not the run's)."""
+    dataset = WorldDataset("test", {"describe": 1.0})
+    drafts = [dataset.draft(index) for index in range(settings.num_per_task)]
     return Items(
         small_geneval_items(settings.num_per_task, settings.held_out),
         small_mme_items(settings.num_per_task // 2),
+        [(draft.scenes()[0], str(draft.turns[-1][1][0])) for draft in drafts],
         edit_items(settings.num_edits),
         make_story_items(settings.num_stories),
     )
@@ -133,18 +142,20 @@ def decodings(settings: Settings) -> dict[str, Decoding]:
         "geneval_direct": image,
         "mme": text,
         "mme_blank": text,
+        "describe": text,
         "edit": planned(edit),
         "story": replace(story, max_new_tokens=STORY_TOKENS, max_images=6),
     }
 
 
 def generate(model: Any, processor: Any, items: Items, settings: Settings) -> dict[str, dict[str, Answer]]:
-    """Ask everything that is not answered yet."""
+    """Ask everything of `settings.tasks` that is not answered yet; {} for the other tasks."""
     requests: dict[str, list[Request]] = {
         "geneval": geneval_requests(items.geneval),
         "geneval_direct": geneval_requests(items.geneval),
         "mme": mme_requests(items.mme),
         "mme_blank": mme_requests(items.mme, blank=True),
+        "describe": describe_requests([scene for scene, _ in items.descriptions]),
         "edit": edit_requests(items.edits),
         "story": story_requests(items.stories),
     }
@@ -152,106 +163,8 @@ def generate(model: Any, processor: Any, items: Items, settings: Settings) -> di
     return {
         task: ask(model, processor, task, asked, how[task], folder, settings.seed, settings.batch_size)
         for task, asked in requests.items()
+        if task.removesuffix("_blank") in settings.tasks
     }
-
-
-def report_geneval(items: Items, answers: Mapping[str, Answer], folder: Path, task: str = "geneval") -> dict[str, Any]:
-    """Score per task and overall with intervals over prompts; grades go to `grades-<task>.jsonl`."""
-    records = grade_geneval(items.geneval, answers, detect_by_profile, task)
-    write_lines(folder / f"grades-{task}.jsonl", records)
-    tasks = {
-        tag: Task(
-            [float(r["correct"]) for r in records if r["tag"] == tag],
-            [r["prompt"] for r in records if r["tag"] == tag],
-        )
-        for tag in TAGS
-    }
-    num_prompts = {tag: len(set(task.clusters or ())) for tag, task in tasks.items()}
-    summarise(records, Protocol(num_prompts, 1), allow_partial=True)
-    result: dict[str, Any] = {"overall": bootstrap(tasks).as_dict()}
-    result |= {tag: {**bootstrap(task).as_dict(), "num_prompts": num_prompts[tag]} for tag, task in tasks.items()}
-    result["second_grader_disagreement"] = _mean([r["correct"] != r["second_correct"] for r in records])
-    result["pictures_with_unknown_objects"] = _mean([r["num_unknown"] > 0 for r in records])
-    return result
-
-
-def report_mme(items: Sequence[MmeItem], answers: Mapping[str, Answer], parser: str) -> dict[str, Any]:
-    """Accuracy, acc+ and MME score per subtask and overall; intervals over twins of pictures."""
-    by_subtask: dict[str, list[MmeItem]] = {}
-    for item in items:
-        by_subtask.setdefault(item.subtask, []).append(item)
-    acc, plus, score, result = {}, {}, {}, {}
-    for subtask, group in by_subtask.items():
-        records = mme_records(group, answers)
-        graded = grade(records, parser)
-        twins = [image_id[:-1] for image_id in graded]
-        acc[subtask] = Task([sum(pair) / 2 for pair in graded.values()], twins)
-        plus[subtask] = Task([float(all(pair)) for pair in graded.values()], twins)
-        score[subtask] = Task(image_scores(graded), twins)
-        whole = score_subtask(records, parser)
-        seen = {
-            f"{name}_accuracy": _mean([right for i in group if i.held_out == flag for right in graded[i.image_id]])
-            for name, flag in (("held_out", True), ("seen", False))
-        }
-        result[subtask] = {
-            **bootstrap(acc[subtask]).as_dict(),
-            "acc_plus": bootstrap(plus[subtask]).as_dict(),
-            "score": bootstrap(score[subtask]).as_dict(),
-            "other_rate": whole.other_rate,
-            **seen,
-        }
-    total = bootstrap(score).scaled(len(score)).as_dict()
-    overall = {"overall": bootstrap(acc).as_dict(), "acc_plus": bootstrap(plus).as_dict(), "score": total}
-    return {**overall, **result, "parser": parser}
-
-
-def mme_records(items: Sequence[MmeItem], answers: Mapping[str, Answer]) -> list[Record]:
-    """What is graded: the answer, without the description that the model may give before it."""
-    return [
-        Record(item.image_id, question, truth, final_answer(answers[f"{item.image_id}/{number}"].text))
-        for item in items
-        for number, (question, truth) in enumerate(item.questions)
-    ]
-
-
-def report_edits(items: Sequence[EditItem], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
-    """Share of edits after which the picture holds exactly what it must, overall (kinds in equal parts) and by kind."""
-    records = []
-    for number, item in enumerate(items):
-        key = f"{number:05d}"
-        pictures = answers[key].pictures
-        judged = judge_edit(item, pictures[0] if pictures else None)
-        records.append({"key": key, "tag": item.edit.kind, "prompt": item.edit.instruction, **judged})
-    write_lines(folder / "grades-edit.jsonl", records)
-    kinds = {r["tag"]: Task([float(o["correct"]) for o in records if o["tag"] == r["tag"]]) for r in records}
-    result: dict[str, Any] = {"overall": bootstrap(kinds).as_dict()}
-    result |= {kind: bootstrap(task).as_dict() for kind, task in kinds.items()}
-    result |= {name: bootstrap(Task([float(r[name]) for r in records])).as_dict() for name in ("kept", "changed")}
-    result["do_nothing"] = bootstrap(Task([float(right) for right in floors.edit_floor(items)])).as_dict()
-    return result
-
-
-def report_stories(items: Sequence[StoryItem], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:
-    """Well-formed stories, right pictures (clustered by story), wholly right stories, and the repeating baseline."""
-    records = []
-    for number, item in enumerate(items):
-        key = f"{number:05d}"
-        judged = judge_story(item, answers[key])
-        records.append({"key": key, "tag": item.story.kind, "prompt": item.story.prompt, **judged})
-    write_lines(folder / "grades-story.jsonl", records)
-
-    def pictures(verdicts: Sequence[Sequence[bool]]) -> Task:
-        clusters = [number for number, story in enumerate(verdicts) for _ in story]
-        return Task([float(right) for story in verdicts for right in story], clusters)
-
-    result: dict[str, Any] = {
-        name: bootstrap(Task([float(r[name]) for r in records])).as_dict() for name in ("well_formed", "all_right")
-    }
-    result["overall"] = bootstrap(pictures([r["pictures"] for r in records])).as_dict()
-    for kind in sorted({r["tag"] for r in records}):
-        result[kind] = bootstrap(pictures([r["pictures"] for r in records if r["tag"] == kind])).as_dict()
-    result["do_nothing"] = bootstrap(pictures(floors.story_floor(items))).as_dict()
-    return result
 
 
 def round_trip(model: Any, processor: Any, batch_size: int = 64) -> floors.RoundTrip:
@@ -280,22 +193,28 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
 
     items = make_items(settings)
     answers = timed("generate", lambda: generate(model, processor, items, settings))
-    result: dict[str, Any] = {
-        "small_geneval": timed("grade_geneval", lambda: report_geneval(items, answers["geneval"], folder)),
-        "small_geneval_direct": report_geneval(items, answers["geneval_direct"], folder, "geneval_direct"),
-        "small_mme": timed("grade_mme", lambda: report_mme(items.mme, answers["mme"], settings.mme_parser)),
-        "editing": timed("grade_editing", lambda: report_edits(items.edits, answers["edit"], folder)),
-        "interleaved": timed("grade_interleaved", lambda: report_stories(items.stories, answers["story"], folder)),
+    reports: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
+        "geneval": ("small_geneval", lambda: report_geneval(items.geneval, answers["geneval"], folder)),
+        "geneval_direct": (
+            "small_geneval_direct",
+            lambda: report_geneval(items.geneval, answers["geneval_direct"], folder, "geneval_direct"),
+        ),
+        "mme": ("small_mme", lambda: report_mme(items.mme, answers["mme"], settings.mme_parser)),
+        "describe": ("describing", lambda: report_descriptions(items.descriptions, answers["describe"], folder)),
+        "edit": ("editing", lambda: report_edits(items.edits, answers["edit"], folder)),
+        "story": ("interleaved", lambda: report_stories(items.stories, answers["story"], folder)),
     }
-    write_lines(folder / "grades-mme.jsonl", [asdict(record) for record in mme_records(items.mme, answers["mme"])])
+    result: dict[str, Any] = {reports[task][0]: timed(f"grade_{task}", reports[task][1]) for task in settings.tasks}
     checked = items.geneval[:: max(1, len(items.geneval) // 600)]
     result["grader"] = timed("validate", lambda: floors.validate_grader(checked, round_trip(model, processor)))
-    blank = report_mme(items.mme, answers["mme_blank"], settings.mme_parser)
-    result["floors"] = {
-        "small_geneval": floors.geneval_floors(items.geneval),
-        "small_mme": floors.mme_floors(items.mme, floors.majority_answers())
-        | {"model_with_blank_picture": {name: blank[name]["value"] for name in ("overall", "acc_plus", "score")}},
-    }
+    result["floors"] = {"small_geneval": floors.geneval_floors(items.geneval)}
+    if "mme" in settings.tasks:
+        write_lines(folder / "grades-mme.jsonl", [asdict(record) for record in mme_records(items.mme, answers["mme"])])
+        blank = report_mme(items.mme, answers["mme_blank"], settings.mme_parser)
+        shown = [name for name, cell in blank.items() if "value" in cell]
+        result["floors"]["small_mme"] = floors.mme_floors(items.mme, floors.majority_answers()) | {
+            "model_with_blank_picture": {name: blank[name]["value"] for name in shown}
+        }
     return {**result, "seconds": seconds, "decoding": {name: asdict(d) for name, d in decodings(settings).items()}}
 
 
@@ -352,14 +271,6 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def _mean(values: Sequence[bool]) -> float:
-    return sum(values) / len(values) if values else 0.0
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, evaluate it, write the results and print the main numbers."""
     arguments = sys.argv[1:] if argv is None else list(argv)
@@ -379,8 +290,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(Path(settings.model) / RESULTS, result)
     else:
         print(f"not the standard settings: results are in {settings.output} only, those beside the model stay as they are")
-    for name in ("small_geneval", "small_geneval_direct", "small_mme", "editing", "interleaved"):
-        best = result[name]["overall"]
+    for name, section in result.items():
+        best = section.get("overall") if isinstance(section, dict) else None
+        if not isinstance(best, dict) or "low" not in best:
+            continue
         print(f"{name}: {best['value']:.3f} [{best['low']:.3f}, {best['high']:.3f}], n = {best['n']}")
 
 

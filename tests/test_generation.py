@@ -122,9 +122,7 @@ def test_unconditional_stream_restarts_at_each_image() -> None:
     model = tiny_model()
     prompt, noise = torch.tensor([PROMPTS[0]]), torch.randn(1, 2, 4, 3)
     negative = torch.tensor([[0, 20, SEP]])
-    output = model.generate(
-        prompt, modality="image", max_images=2, guidance=3.0, negative_input_ids=negative, noise=noise
-    )
+    output = model.generate(prompt, modality="image", max_images=2, guidance=3.0, negative_input_ids=negative, noise=noise)
     first, second = output.image_latents[0]
     full = torch.tensor([[*PROMPTS[0], BOI, IMG, IMG, IMG, IMG, EOI, BOI]])
     cond = model(full, image_latents=first[None]).last_hidden_state[:, -1]

@@ -101,7 +101,7 @@ def test_soft_vq_limits() -> None:
     torch.testing.assert_close(cold.embed_image_latents(latents), hard.embed_image_latents(latents))
     soft = tiny_model()
     codebook, table = soft.latent_embedding.codebook, soft.code_embeddings()
-    expected = torch.softmax(-torch.cdist(latents.flatten(0, 1), codebook) ** 2, -1) @ table
+    expected = torch.softmax(-(torch.cdist(latents.flatten(0, 1), codebook) ** 2), -1) @ table
     torch.testing.assert_close(soft.embed_image_latents(latents).flatten(0, 1), expected, atol=1e-5, rtol=1e-4)
 
 

@@ -76,7 +76,7 @@ def test_shipped_scores_belong_to_the_shipped_weights() -> None:
     results = json.loads((CHECKPOINT / "results.json").read_text())
     assert results["weights_sha256"] == weights_hash(CHECKPOINT)
     readme = (ROOT / "README.md").read_text()
-    for section in ("small_geneval", "small_geneval_direct", "small_mme", "editing", "interleaved"):
+    for section in ("small_geneval", "small_geneval_direct", "small_mme", "describing", "editing", "interleaved"):
         cell = results[section]["overall"]
         assert f"{cell['value']:.2f} [{cell['low']:.2f}, {cell['high']:.2f}]" in readme, section
     assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= 20_000_000

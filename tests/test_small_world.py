@@ -31,7 +31,7 @@ class FakeProcessor:
     def __call__(self, turns):
         return Batch(prompts=[row[0].segments for row in turns])
 
-    def guidance_streams(self, turns, guidance, image_guidance=None):
+    def guidance_streams(self, turns, guidance, image_guidance=None, text_guidance=1.0):
         return {"guidance": guidance, "negative_input_ids": torch.zeros(1, 1)}
 
     def decode_segments(self, output):
@@ -66,7 +66,11 @@ def right_answers(items):
     rng = np.random.default_rng(0)
     table = {(item["prompt"],): [picture(ground_truth_scene(item, rng))] for item in items.geneval}
     for request, truth in zip(small_world.mme_requests(items.mme), [t for i in items.mme for _, t in i.questions], strict=True):
-        table[key_of(request.segments)] = [truth]
+        table[key_of(request.segments)] = [f"nothing that is graded: yes, no. Answer: {truth}"]
+    for request, (_, truth) in zip(
+        small_world.describe_requests([scene for scene, _ in items.descriptions]), items.descriptions, strict=True
+    ):
+        table[key_of(request.segments)] = [", ".join(reversed(truth.split(", ")))]
     for request, item in zip(small_world.edit_requests(items.edits), items.edits, strict=True):
         table[key_of(request.segments)] = [picture(item.edit.after)]
     for request, item in zip(small_world.story_requests(items.stories), items.stories, strict=True):
@@ -88,7 +92,7 @@ def settings(tmp_path, monkeypatch):
 def test_a_model_that_knows_everything_scores_one(settings, tmp_path):
     items = small_world.make_items(settings)
     result = small_world.evaluate(Oracle(right_answers(items)), FakeProcessor(), settings)
-    for name in ("small_geneval", "small_mme", "editing", "interleaved"):
+    for name in ("small_geneval", "small_geneval_direct", "small_mme", "describing", "editing", "interleaved"):
         assert result[name]["overall"]["value"] == 1.0, name
     assert result["small_mme"]["score"]["value"] == 800.0 and result["interleaved"]["well_formed"]["value"] == 1.0
     assert result["editing"]["do_nothing"]["value"] == 0.0
@@ -102,13 +106,23 @@ def test_a_model_that_knows_everything_scores_one(settings, tmp_path):
     assert "| overall | 1.000 [1.000, 1.000] | 24 |" in (tmp_path / "RESULTS.md").read_text()
 
 
+def test_some_tasks_on_their_own(settings):
+    chosen = replace(settings, tasks=("mme", "describe"))
+    result = small_world.evaluate(Oracle(right_answers(small_world.make_items(chosen))), FakeProcessor(), chosen)
+    assert result["describing"]["overall"]["value"] == result["small_mme"]["overall"]["value"] == 1.0
+    assert "small_geneval" not in result and not (small_world.Path(chosen.output) / "geneval.jsonl").exists()
+    with pytest.raises(ValueError, match="task 'mmee' is unknown"):
+        replace(settings, tasks=("mmee",))
+
+
 def test_a_silent_model_scores_zero(settings):
     items = small_world.make_items(settings)
     answers = small_world.generate(Oracle({}), FakeProcessor(), items, settings)
     folder = small_world.Path(settings.output)
-    assert small_world.report_geneval(items, answers["geneval"], folder)["overall"]["value"] == 0.0
+    assert small_world.report_geneval(items.geneval, answers["geneval"], folder)["overall"]["value"] == 0.0
     mme = small_world.report_mme(items.mme, answers["mme"], "official")
     assert mme["overall"]["value"] == 0.0 and mme["count"]["other_rate"] == 1.0
+    assert small_world.report_descriptions(items.descriptions, answers["describe"], folder)["objects"]["value"] == 0.0
     assert small_world.report_edits(items.edits, answers["edit"], folder)["overall"]["value"] == 0.0
     assert small_world.report_stories(items.stories, answers["story"], folder)["well_formed"]["value"] == 0.0
 
