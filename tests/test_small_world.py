@@ -104,6 +104,11 @@ def test_a_model_that_knows_everything_scores_one(settings, tmp_path):
     assert "http" not in page and "data:image/png;base64," in page and "Small GenEval" in page
     report.main(["--results", str(tmp_path / "run" / "results.json"), "--markdown", str(tmp_path / "RESULTS.md")])
     assert "| overall | 1.000 [1.000, 1.000] | 24 |" in (tmp_path / "RESULTS.md").read_text()
+    small_world.write_json(tmp_path / "argmin.json", {"small_mme": result["small_mme"], "command": "c"})
+    results = ["--results", str(tmp_path / "run" / "results.json"), "--beside", str(tmp_path / "argmin.json")]
+    report.main([*results, "--markdown", str(tmp_path / "RESULTS.md")])
+    written = (tmp_path / "RESULTS.md").read_text()
+    assert "| argmin |  | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |  |  |  |" in written and written.count("\n## ") == 2
 
 
 def test_some_tasks_on_their_own(settings):
