@@ -99,9 +99,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         accept_misshaped = options.pop("ignore_mismatched_sizes", False)
         options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
         try:
-            loaded: Any = super().from_pretrained(
-                path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
+            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
         except SafetensorError as error:
             raise loading.damaged(error, path) from error
         model, report = loaded

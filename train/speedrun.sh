@@ -6,8 +6,10 @@ export OMP_NUM_THREADS=1
 NPROC="${NPROC:-2}"
 OUT="${OUT:-runs/small}"
 torchrun --nproc-per-node "$NPROC" -m train.autoencoder configs/small/autoencoder.yaml run.output_dir="$OUT/autoencoder"
-torchrun --nproc-per-node "$NPROC" -m train.pretrain configs/small/base.yaml \
-    run.output_dir="$OUT/base" autoencoder="$OUT/autoencoder/final"
+torchrun --nproc-per-node "$NPROC" -m train.pretrain configs/small/language.yaml \
+    run.output_dir="$OUT/language" autoencoder="$OUT/autoencoder/final"
+torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/base.yaml \
+    run.output_dir="$OUT/base" model="$OUT/language/final"
 torchrun --nproc-per-node "$NPROC" -m train.posttrain configs/small/posttrain.yaml \
     run.output_dir="$OUT/posttrain" model="$OUT/base/final"
 python -m eval.small_world model="$OUT/posttrain/final" output="$OUT/eval"

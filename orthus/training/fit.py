@@ -214,9 +214,7 @@ def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], r
 # -- around the steps ----------------------------------------------------------------------------------------------
 
 
-def _start(
-    model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings, settings: dict[str, Any]
-) -> TrainState:
+def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings, settings: dict[str, Any]) -> TrainState:
     """A state at step 0, or at the newest checkpoint; every process has the weights of the first."""
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)

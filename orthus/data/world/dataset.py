@@ -9,6 +9,7 @@ import numpy as np
 from orthus.data.schema import Example
 from orthus.data.world.captions import draft_describe, draft_t2i
 from orthus.data.world.draft import Draft, Source
+from orthus.data.world.drills import draft_look_up, draft_read, draft_recite
 from orthus.data.world.edits import draft_edit
 from orthus.data.world.language import CaptionMix
 from orthus.data.world.questions import draft_vqa
@@ -21,6 +22,9 @@ NUM_ITEMS = 2**31
 TASKS: dict[str, Callable[[Source], Draft]] = {
     "vqa": draft_vqa,
     "describe": draft_describe,
+    "recite": draft_recite,
+    "look_up": draft_look_up,
+    "read": draft_read,
     "edit": draft_edit,
     "story": draft_story,
 }
@@ -29,6 +33,7 @@ IN_WORDS_FIRST: dict[str, Callable[[Draft], Draft]] = {
     "t2i": Draft.with_plan,
     "edit": Draft.with_plan,
     "vqa": Draft.with_reasons,
+    "read": Draft.with_reasons,
 }
 DEFAULT_TASKS: Mapping[str, float] = {"t2i": 0.45, "vqa": 0.25, "describe": 0.1, "edit": 0.12, "story": 0.08}
 
@@ -37,11 +42,12 @@ class WorldDataset:
     """`dataset[i] -> Example` for 0 <= i < 2**31, in any order and by any worker.
 
     split: "train" and "validation" hold no held-out clause in any scene; "test" has no such rule.
-    tasks: weights of "t2i", "vqa", "describe", "edit" and "story"; ValueError for others or when none is positive.
+    tasks: weights of TASK_NAMES, of which "recite", "look_up" and "read" are text only; ValueError for other names or when
+        no weight is positive.
     captions: weights of the caption kinds within "t2i".
     plans: share of "t2i" and "edit" examples in which the assistant first says what it will draw, every object with its
-        colour and place, and then draws it; and of "vqa" examples in which it first says what it sees and
-        what follows from it, and then answers.
+        colour and place, and then draws it; and of "vqa" and "read" examples in which it first says what each
+        answer follows from.
     """
 
     def __init__(

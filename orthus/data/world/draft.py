@@ -26,7 +26,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Draft:
-    """An example before rendering. reasons: for each answer on a picture the facts that it follows from, or ""."""
+    """An example before rendering. reasons: for each answer on a picture what it follows from, or ""."""
 
     turns: tuple[DraftTurn, ...]
     task: str
@@ -44,14 +44,13 @@ class Draft:
         return replace(self, turns=(*earlier, (role, (*before, dense_phrase(picture_scene), picture_scene))))
 
     def with_reasons(self) -> Draft:
-        """The assistant says what it sees before its first answer, and the facts that each answer follows from."""
-        (scene, *_) = self.turns[0][1]
-        assert isinstance(scene, Scene)
-        turns, description = list(self.turns), dense_phrase(scene)
-        for place, facts in zip(range(1, len(turns), 2), self.reasons, strict=True):
+        """Each answer comes after what it follows from, the first one after a full description of the user's picture as well."""
+        turns, shown = list(self.turns), self.turns[0][1][0]
+        description = dense_phrase(shown) if isinstance(shown, Scene) else ""
+        for place, reason in zip(range(1, len(turns), 2), self.reasons, strict=True):
             role, (answer,) = turns[place]
             assert role == "assistant" and isinstance(answer, str)
-            turns[place] = role, (reasoned([description, facts] if place == 1 else [facts], answer),)
+            turns[place] = role, (reasoned([description, reason] if place == 1 else [reason], answer),)
         return replace(self, turns=tuple(turns))
 
     def render(self) -> Example:

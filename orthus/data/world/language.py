@@ -76,6 +76,12 @@ def dense_phrase(scene: Scene, items: Sequence[SceneObject] | None = None) -> st
     return ", ".join(placed(item, scene.image_size) for item in chosen) or NOTHING
 
 
+def about_phrase(scene: Scene, classes: Sequence[str]) -> str:
+    """The objects of each class in turn with colours and places: "a red star at the top left, no moon"."""
+    items = {shape: [item for item in raster_order(scene) if item.shape == shape] for shape in classes}
+    return ", ".join(dense_phrase(scene, items[shape]) if items[shape] else f"no {shape}" for shape in classes)
+
+
 def reasoned(reasons: Sequence[str], answer: str) -> str:
     """An answer after what it follows from ("" is left out); `final_answer` takes it apart."""
     given = ". ".join(reason for reason in reasons if reason)

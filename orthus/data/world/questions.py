@@ -15,7 +15,7 @@ from numpy.random import Generator
 
 from orthus.data.world.captions import DESCRIBE, draw_triple
 from orthus.data.world.draft import Draft, DraftTurn, Source, assistant, user
-from orthus.data.world.language import NOTHING, NUMBERS, dense_phrase, one, place_words, plural, several
+from orthus.data.world.language import NOTHING, NUMBERS, about_phrase, dense_phrase, one, place_words, plural, several
 from orthus.data.world.sampling import CELLS, Wanted, pick, pick_weighted, retry, shuffled, try_scene
 from orthus.data.world.scene import MIRROR, RELATIONS, SHAPES, Scene, SceneObject, cell_of, relations
 from orthus.data.world.splits import colors_of, count_allowed, has_violation, pair_allowed, triple_allowed
@@ -32,7 +32,8 @@ class Question:
     """A question with its answer.
 
     asks: facts that it asks for. reveals: facts that can be read off the question and its answer. Two questions may
-    stand in one dialogue only if neither reveals what the other asks. about: the class, or class, relation and class.
+    stand in one dialogue only if neither reveals what the other asks. about: the classes whose objects the answer
+    follows from.
     """
 
     text: str
@@ -175,24 +176,9 @@ def _yes_no(text: str, truth: bool, kind: str, asks: set[str], reveals: set[str]
     return Question(text + YES_NO, "yes" if truth else "no", kind, frozenset(asks), frozenset(asks | reveals), about)
 
 
-def facts(question: Question, scene: Scene) -> str:
-    """What a yes/no question needs to know of the scene, in words; "" for an open question.
-
-    "two moons" (existence, count), "the moon is red" (colour), "the moon at the upper left, the star at the top left: the
-    moon is below the star" (position).
-    """
-    if question.kind not in SUBTASKS:
-        return ""
-    of_class = {shape: [item for item in scene.objects if item.shape == shape] for shape in question.about}
-    if question.kind in ("existence", "count"):
-        (shape,) = question.about
-        return several(len(of_class[shape]), shape)
-    if question.kind == "color":
-        (shape,) = question.about
-        return f"the {shape} is {of_class[shape][0].color}"
-    a, relation, b = question.about
-    places = [f"the {shape} at the {place_words(cell_of(of_class[shape][0], scene.image_size))}" for shape in (a, b)]
-    return f"{', '.join(places)}: the {a} is {relation if question.answer == 'yes' else MIRROR[relation]} the {b}"
+def reason(question: Question, scene: Scene) -> str:
+    """What an answer follows from: the objects of the classes that the question is about; "" where it asks for a place."""
+    return about_phrase(scene, question.about) if question.about else ""
 
 
 def _exists(*shapes: str) -> set[str]:
@@ -211,7 +197,7 @@ def count_question(shape: str, count: int, truth: bool) -> Question:
 
 def position_question(a: str, relation: str, b: str, truth: bool) -> Question:
     asks = {f"where {a}", f"where {b}"}
-    return _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b), (a, relation, b))
+    return _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b), (a, b))
 
 
 def color_question(shape: str, color: str, truth: bool, short: bool = True) -> Question:
@@ -252,8 +238,8 @@ def _object_facts(item: SceneObject) -> set[str]:
     return {f"exists {item.shape}", f"color {item.shape}", f"where {item.shape}", f"count {item.shape}"}
 
 
-def _open(text: str, answer: str, kind: str, asks: set[str], reveals: set[str]) -> Question:
-    return Question(text, answer, kind, frozenset(asks), frozenset(asks | reveals))
+def _open(text: str, answer: str, kind: str, asks: set[str], reveals: set[str], *about: str) -> Question:
+    return Question(text, answer, kind, frozenset(asks), frozenset(asks | reveals), about)
 
 
 def _color_open(rng: Generator, scene: Scene) -> Question | None:
@@ -261,7 +247,9 @@ def _color_open(rng: Generator, scene: Scene) -> Question | None:
     if not unique:
         return None
     item = pick(rng, unique)
-    return _open(f"What color is the {item.shape}?", item.color, "what color", {f"color {item.shape}"}, _exists(item.shape))
+    return _open(
+        f"What color is the {item.shape}?", item.color, "what color", {f"color {item.shape}"}, _exists(item.shape), item.shape
+    )
 
 
 def _where_open(rng: Generator, scene: Scene) -> Question | None:
@@ -270,7 +258,7 @@ def _where_open(rng: Generator, scene: Scene) -> Question | None:
         return None
     item = pick(rng, unique)
     answer = place_words(cell_of(item, scene.image_size))
-    return _open(f"Where is the {item.shape}?", answer, "where", {f"where {item.shape}"}, _exists(item.shape))
+    return _open(f"Where is the {item.shape}?", answer, "where", {f"where {item.shape}"}, _exists(item.shape), item.shape)
 
 
 def _count_open(rng: Generator, scene: Scene) -> Question | None:
@@ -281,7 +269,7 @@ def _count_open(rng: Generator, scene: Scene) -> Question | None:
     if draw > 0.5:
         shape = max(shapes, key=shapes.count)
     asks = {f"count {shape}", f"exists {shape}"}
-    return _open(f"How many {plural(shape)} are there?", NUMBERS[shapes.count(shape)], "how many", asks, set())
+    return _open(f"How many {plural(shape)} are there?", NUMBERS[shapes.count(shape)], "how many", asks, set(), shape)
 
 
 def _relation_open(rng: Generator, scene: Scene) -> Question | None:
@@ -295,7 +283,7 @@ def _relation_open(rng: Generator, scene: Scene) -> Question | None:
         return None
     asks = _object_facts(found[0]) | {f"where {anchor.shape}"}
     answer = one(found[0].shape, found[0].color)
-    return _open(f"What is {relation} the {anchor.shape}?", answer, "what relation", asks, _exists(anchor.shape))
+    return _open(f"What is {relation} the {anchor.shape}?", answer, "what relation", asks, _exists(anchor.shape), anchor.shape)
 
 
 def _cell_open(rng: Generator, scene: Scene) -> Question | None:
@@ -332,8 +320,8 @@ def _draw_switches(rng: Generator) -> tuple[str, ...]:
     return drawn or (pick(rng, SUBTASKS),)
 
 
-def draft_vqa(source: Source) -> Draft:
-    """A picture and two to four questions on it in random order, yes/no and open, none giving another away."""
+def draw_questions(source: Source) -> tuple[Scene, list[Question]]:
+    """A scene and two to four questions on it in random order, yes/no and open, none giving another away."""
     rng = source.rng
     switches = _draw_switches(rng)
     twin = retry(lambda: try_twin(source, switches), f"twin scene with {switches}")
@@ -347,12 +335,17 @@ def draft_vqa(source: Source) -> Draft:
         extra = open_question(rng, scene)
         if extra is not None and all(extra.agrees_with(question) for question in questions):
             questions.append(extra)
+    return scene, shuffled(rng, questions)
+
+
+def draft_vqa(source: Source) -> Draft:
+    """A picture and questions on it; at times a request to describe it at last."""
+    scene, questions = draw_questions(source)
     turns: list[DraftTurn] = []
-    questions = shuffled(rng, questions)
-    reasons = [facts(question, scene) for question in questions]
     for place, question in enumerate(questions):
         turns += [user(question.text) if place else user(scene, question.text), assistant(question.answer)]
-    if not any(question.kind == "existence" for question in questions) and rng.random() < 0.1:
+    reasons = [reason(question, scene) for question in questions]
+    if not any(question.kind == "existence" for question in questions) and source.rng.random() < 0.1:
         turns += [user(DESCRIBE), assistant(dense_phrase(scene))]
         reasons.append("")
     return Draft(tuple(turns), "vqa", tuple(reasons))
