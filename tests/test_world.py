@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from itertools import product
 from math import sqrt
 
 import numpy as np
@@ -42,7 +43,8 @@ from orthus.data.world.scene import (
     relations,
 )
 
-EVEN = dict.fromkeys(TASK_NAMES, 1.0)
+DRILLS = ("recite", "look_up", "read")
+EVEN = {task: 1.0 for task in TASK_NAMES if task not in DRILLS}
 PLURALS = {plural(shape): shape for shape in SHAPES}
 NOUN = rf"(?:(?P<color>{'|'.join(COLORS)}) )?(?P<shape>{'|'.join([*PLURALS, *SHAPES])})"
 
@@ -201,7 +203,7 @@ def test_examples_have_the_form_of_their_task() -> None:
             assert 1 <= sum(pictures[1]) <= 4 and pictures[1][:2] == [False, True]
         else:
             assert pictures == [[True, False]] + [[False]] * (len(pictures) - 1)
-    assert set(tasks) == set(TASK_NAMES)
+    assert set(tasks) == set(TASK_NAMES) - set(DRILLS)
 
 
 @pytest.mark.parametrize("level", ["grid", "free"])
@@ -266,14 +268,45 @@ def test_words_come_first_and_are_true() -> None:
             continue
         for (_, asked), (_, said), (_, short) in zip(draft.turns[::2], draft.turns[1::2], bare.turns[1::2], strict=True):
             assert (final_answer(str(said[0])),) == short
-            reason = str(said[0]).rpartition(". Answer: ")[0]
-            assert bool(reason) == (not re.match("Describe|What is at", str(asked[-1])))
-            if reason:
+            given = str(said[0]).rpartition(". Answer: ")[0].split(". ")
+            if asked[0] in draft.scenes():
+                assert given.pop(0) == description
+            assert bool(given and given[0]) == (not re.match("Describe|What is at", str(asked[-1])))
+            if given and given[0]:
                 num_reasons += 1
-                classes = {shape for shape in SHAPES if re.search(rf"\b{shape}(e?s)?\b", str(asked[-1]))}
-                wanted = [part for part in description.split(", ") if part.split(" at the ")[0].split()[-1] in classes]
-                assert reason == (", ".join(wanted) or "nothing")
+                named = re.findall(rf"\b({'|'.join(SHAPES)})(?:e?s)?\b", str(asked[-1]))
+                wanted = [
+                    [part for part in description.split(", ") if f" {shape} at " in part] or [f"no {shape}"] for shape in named
+                ]
+                assert given == [", ".join(part for parts in wanted for part in parts)]
     assert num_reasons > 300
+
+
+def test_drills_are_text_whose_answers_stand_in_what_was_said() -> None:
+    dataset = WorldDataset("train", dict.fromkeys(DRILLS, 1.0), plans=1.0)
+    seen: Counter[str] = Counter()
+    for index in range(300):
+        draft = dataset.draft(index)
+        seen[draft.task] += 1
+        assert not draft.scenes()
+        (_, (told,)), (_, (said,)) = draft.turns[:2]
+        assert isinstance(told, str) and isinstance(said, str)
+        if draft.task == "recite":
+            assert said == told
+            words = set(said.split())
+            assert not (words & set(COLORS) and words & set(SHAPES)), "could spell a held-out colour of a class"
+            assert not any(splits.pair_clause(a, b) in splits.HELD_OUT for a in words & set(SHAPES) for b in words & set(SHAPES))
+            continue
+        given, _, asked = told.partition(". ")
+        objects = [part.split(" at ")[0].split()[-2:] for part in given.split(", ")]
+        for (color, shape), (_, other) in product(objects, objects):
+            assert not {splits.color_clause(shape, color), splits.pair_clause(shape, other)} & splits.HELD_OUT
+        parts = said.rpartition(". Answer: ")[0] if draft.task == "read" else said
+        for part in filter(None, parts.split(", ")):
+            assert part in given.split(", ") or part.removeprefix("no ") not in given
+        if draft.task == "look_up":
+            assert set(asked.split(", ")) == set(re.findall("|".join(SHAPES), said))
+    assert min(seen.values()) > 50 and len(seen) == 3
 
 
 def test_an_answer_without_reasons_is_itself() -> None:
