@@ -21,7 +21,7 @@ from eval.small_tasks import judge_caption, judge_content, judge_edit, oracle, p
 from orthus.data.world.benchmark import GENEVAL_COUNTS, EditItem, MmeItem, StoryItem, ground_truth_scene
 from orthus.data.world.dataset import WorldDataset
 from orthus.data.world.render import picture
-from orthus.data.world.scene import COLORS, GRID, Scene
+from orthus.data.world.scene import COLORS, GRID, Scene, WorldConfig
 
 Item = Mapping[str, Any]
 RoundTrip = Callable[[Sequence[Image.Image]], list[Image.Image]]
@@ -59,13 +59,13 @@ def _random_count(scene: Scene, rng: Generator) -> Scene:
     return _random_places(replace(scene, objects=tuple(objects)), rng)
 
 
-def geneval_floors(items: Sequence[Item], seed: int = 0) -> dict[str, dict[str, float]]:
+def geneval_floors(items: Sequence[Item], seed: int = 0, config: WorldConfig | None = None) -> dict[str, dict[str, float]]:
     """Share of correct verdicts per task, of pictures that ignore one part of the prompt, judged on exact boxes.
 
     "unrelated": right for another prompt of the same task.
     """
     rng = np.random.default_rng([seed, 1])
-    scenes = [ground_truth_scene(item, rng) for item in items]
+    scenes = [ground_truth_scene(item, rng, config) for item in items]
     changes: dict[str, Callable[[Scene, Generator], Scene]] = {
         "random_placement": _random_places,
         "random_colors": _random_colors,
@@ -163,7 +163,9 @@ def story_floor(items: Sequence[StoryItem]) -> list[list[bool]]:
     return verdicts
 
 
-def validate_grader(items: Sequence[Item], round_trip: RoundTrip | None = None, seed: int = 0) -> dict[str, dict[str, float]]:
+def validate_grader(
+    items: Sequence[Item], round_trip: RoundTrip | None = None, seed: int = 0, config: WorldConfig | None = None
+) -> dict[str, dict[str, float]]:
     """How the grader's verdicts agree with exact ones, per task, on true pictures after `round_trip`.
 
     Each picture is judged against its own prompt (true) and another prompt of its task (mostly false). `agreement` counts
@@ -172,7 +174,7 @@ def validate_grader(items: Sequence[Item], round_trip: RoundTrip | None = None, 
     the second grader's verdict differs from the first's.
     """
     rng = np.random.default_rng([seed, 3])
-    scenes = [ground_truth_scene(item, rng) for item in items]
+    scenes = [ground_truth_scene(item, rng, config) for item in items]
     images = [picture(scene) for scene in scenes]
     images = round_trip(images) if round_trip else images
     seen = [as_judged(detect(pixels(image))) for image in images]

@@ -37,7 +37,7 @@ from eval.small_tasks import describe_requests, edit_requests, geneval_requests,
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
 from orthus.data.world.benchmark import story_items as make_story_items
 from orthus.data.world.dataset import WorldDataset
-from orthus.data.world.scene import Scene
+from orthus.data.world.scene import Scene, WorldConfig
 from orthus.data.world.splits import fingerprint
 from orthus.training.settings import differences, load_settings, to_dict
 
@@ -60,6 +60,7 @@ class Settings:
     text_guidance: weight of the prompt in what the model says before it draws for a caption.
     guidance_interval: part of the diffusion time in which guidance acts.
     mme_parser: official, lmms or strict.
+    world: of the pictures that are shown, and of the scenes on which the grader is validated: `world.level=free`, ...
     """
 
     model: str
@@ -82,6 +83,7 @@ class Settings:
     held_out: bool = True
     mme_parser: str = "official"
     device: str = "cpu"
+    world: WorldConfig = WorldConfig()
 
     def __post_init__(self) -> None:
         for name in ("num_per_task", "num_edits", "num_stories", "num_diffusion_steps", "batch_size"):
@@ -107,14 +109,15 @@ class Items:
 
 def make_items(settings: Settings) -> Items:
     """The held-out benchmark (fixed by its own seed, not the run's)."""
-    dataset = WorldDataset("test", {"describe": 1.0})
+    world = settings.world
+    dataset = WorldDataset("test", {"describe": 1.0}, world)
     drafts = [dataset.draft(index) for index in range(settings.num_per_task)]
     return Items(
         small_geneval_items(settings.num_per_task, settings.held_out),
-        small_mme_items(settings.num_per_task // 2),
+        small_mme_items(settings.num_per_task // 2, config=world),
         [(draft.scenes()[0], str(draft.turns[-1][1][0])) for draft in drafts],
-        edit_items(settings.num_edits),
-        make_story_items(settings.num_stories),
+        edit_items(settings.num_edits, config=world),
+        make_story_items(settings.num_stories, config=world),
     )
 
 
@@ -206,8 +209,10 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
     }
     result: dict[str, Any] = {reports[task][0]: timed(f"grade_{task}", reports[task][1]) for task in settings.tasks}
     checked = items.geneval[:: max(1, len(items.geneval) // 600)]
-    result["grader"] = timed("validate", lambda: floors.validate_grader(checked, round_trip(model, processor)))
-    result["floors"] = {"small_geneval": floors.geneval_floors(items.geneval)}
+    result["grader"] = timed(
+        "validate", lambda: floors.validate_grader(checked, round_trip(model, processor), config=settings.world)
+    )
+    result["floors"] = {"small_geneval": floors.geneval_floors(items.geneval, config=settings.world)}
     if "mme" in settings.tasks:
         write_lines(folder / "grades-mme.jsonl", [asdict(record) for record in mme_records(items.mme, answers["mme"])])
         blank = report_mme(items.mme, answers["mme_blank"], settings.mme_parser)
