@@ -1,10 +1,10 @@
 """A new Orthus from its parts: a backbone config, a trained autoencoder, a tokenizer and latents to initialise the codebook."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from orthus.autoencoder import Autoencoder
@@ -27,6 +27,7 @@ def build_orthus(
     head: dict[str, Any],
     options: dict[str, Any],
     latents: Tensor,
+    embedding_std: float | None = None,
 ) -> OrthusForConditionalGeneration:
     """A model with a new backbone and head around a trained autoencoder.
 
@@ -35,6 +36,7 @@ def build_orthus(
         head: fields of [`DiffusionHeadConfig`]; the two widths are set here.
         options: further fields of [`OrthusConfig`], with `num_codes`.
         latents: `(N, L, C)` raw latents of typical pictures: centres of the codebook are found among them by k-means.
+        embedding_std: standard deviation of the initial token embeddings and code rows, None for the backbone's own.
     """
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in TOKENS.items()}
     ids |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
@@ -56,6 +58,8 @@ def build_orthus(
     )
     model = OrthusForConditionalGeneration(config)
     model.autoencoder.load_state_dict(autoencoder.state_dict())
+    if embedding_std is not None:
+        nn.init.normal_(cast(Tensor, model.get_input_embeddings().weight), std=embedding_std)
     if config.latent_embedding != "linear":
         with torch.no_grad():
             model.latent_embedding.codebook.copy_(kmeans(latents.flatten(0, 1), num_codes))

@@ -275,10 +275,9 @@ def test_words_come_first_and_are_true() -> None:
             if given and given[0]:
                 num_reasons += 1
                 named = re.findall(rf"\b({'|'.join(SHAPES)})(?:e?s)?\b", str(asked[-1]))
-                wanted = [
-                    [part for part in description.split(", ") if f" {shape} at " in part] or [f"no {shape}"] for shape in named
-                ]
-                assert given == [", ".join(part for parts in wanted for part in parts)]
+                parts = [[part for part in description.split(", ") if part.startswith(f"{shape} ")] for shape in named]
+                wanted = [found or [f"no {shape}"] for found, shape in zip(parts, named, strict=True)]
+                assert given == [", ".join(part for found in wanted for part in found)]
     assert num_reasons > 300
 
 
@@ -298,8 +297,8 @@ def test_drills_are_text_whose_answers_stand_in_what_was_said() -> None:
             assert not any(splits.pair_clause(a, b) in splits.HELD_OUT for a in words & set(SHAPES) for b in words & set(SHAPES))
             continue
         given, _, asked = told.partition(". ")
-        objects = [part.split(" at ")[0].split()[-2:] for part in given.split(", ")]
-        for (color, shape), (_, other) in product(objects, objects):
+        objects = [part.split()[:2] for part in given.split(", ")]
+        for (shape, color), (other, _) in product(objects, objects):
             assert not {splits.color_clause(shape, color), splits.pair_clause(shape, other)} & splits.HELD_OUT
         parts = said.rpartition(". Answer: ")[0] if draft.task == "read" else said
         for part in filter(None, parts.split(", ")):

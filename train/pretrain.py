@@ -34,6 +34,7 @@ class BaseStage:
     samples: SampleSettings = SampleSettings()
     frozen: tuple[str, ...] = ()
     attention: str = "sdpa"
+    embedding_std: float | None = None
     tokenizer_vocab_size: int = 512
     tokenizer_examples: int = 3000
     tokenizer_tasks: dict[str, float] = field(default_factory=dict)
@@ -47,7 +48,8 @@ def main(argv: Sequence[str]) -> None:
     processor = make_processor(stage, autoencoder)
     pictures = PictureLoader(stage.data.world, processor.image_processor, batch_size=64, num_objects=5)
     latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
-    model = build_orthus(autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
+    parts = (autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
+    model = build_orthus(*parts, embedding_std=stage.embedding_std)
     model.set_attn_implementation(stage.attention)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
 
