@@ -277,7 +277,12 @@ def test_words_come_first_and_are_true() -> None:
                 named = re.findall(rf"\b({'|'.join(SHAPES)})(?:e?s)?\b", str(asked[-1]))
                 parts = [[part for part in description.split(", ") if part.startswith(f"{shape} ")] for shape in named]
                 wanted = [found or [f"no {shape}"] for found, shape in zip(parts, named, strict=True)]
-                assert given == [", ".join(part for found in wanted for part in found)]
+                objects, _, fact = given[0].partition(": ")
+                assert objects == ", ".join(part for found in wanted for part in found)
+                seen = having(draft.scenes()[0], named[0])
+                facts = {NUMBERS[len(seen)], seen[0].color if seen else ""}
+                facts |= set(relations(seen[0], having(draft.scenes()[0], named[1])[0])) if len(named) == 2 else {""}
+                assert fact in facts and bool(fact) <= str(asked[-1]).endswith(YES_NO)
     assert num_reasons > 300
 
 
@@ -300,7 +305,7 @@ def test_drills_are_text_whose_answers_stand_in_what_was_said() -> None:
         objects = [part.split()[:2] for part in given.split(", ")]
         for (shape, color), (other, _) in product(objects, objects):
             assert not {splits.color_clause(shape, color), splits.pair_clause(shape, other)} & splits.HELD_OUT
-        parts = said.rpartition(". Answer: ")[0] if draft.task == "read" else said
+        parts = said.rpartition(". Answer: ")[0].partition(": ")[0] if draft.task == "read" else said
         for part in filter(None, parts.split(", ")):
             assert part in given.split(", ") or part.removeprefix("no ") not in given
         if draft.task == "look_up":

@@ -33,7 +33,7 @@ class Question:
 
     asks: facts that it asks for. reveals: facts that can be read off the question and its answer. Two questions may
     stand in one dialogue only if neither reveals what the other asks. about: the classes whose objects the answer
-    follows from.
+    follows from. relation: how the first of two is placed to the second.
     """
 
     text: str
@@ -42,6 +42,7 @@ class Question:
     asks: frozenset[str]
     reveals: frozenset[str]
     about: tuple[str, ...] = ()
+    relation: str = ""
 
     def agrees_with(self, other: Question) -> bool:
         """Whether neither question gives the other away."""
@@ -177,8 +178,17 @@ def _yes_no(text: str, truth: bool, kind: str, asks: set[str], reveals: set[str]
 
 
 def reason(question: Question, scene: Scene) -> str:
-    """What an answer follows from: the objects of the classes that the question is about; "" where it asks for a place."""
-    return about_phrase(scene, question.about) if question.about else ""
+    """What an answer follows from: the objects of the classes that the question is about, and for yes/no questions the fact
+    to compare with the question: "star red top left: red", "no moon", "star red top left, moon blue lower right: left of".
+    """
+    if not question.about:
+        return ""
+    objects, found = about_phrase(scene, question.about), [item for item in scene.objects if item.shape == question.about[0]]
+    if question.kind == "color":
+        return f"{objects}: {found[0].color}"
+    if question.kind == "count":
+        return f"{objects}: {NUMBERS[len(found)]}"
+    return f"{objects}: {question.relation}" if question.kind == "position" else objects
 
 
 def _exists(*shapes: str) -> set[str]:
@@ -197,7 +207,8 @@ def count_question(shape: str, count: int, truth: bool) -> Question:
 
 def position_question(a: str, relation: str, b: str, truth: bool) -> Question:
     asks = {f"where {a}", f"where {b}"}
-    return _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b), (a, b))
+    question = _yes_no(f"Is the {a} {relation} the {b}?", truth, "position", asks, _exists(a, b), (a, b))
+    return replace(question, relation=relation if truth else MIRROR[relation])
 
 
 def color_question(shape: str, color: str, truth: bool, short: bool = True) -> Question:
