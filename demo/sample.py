@@ -54,12 +54,13 @@ class Studio:
     model: OrthusForConditionalGeneration
     processor: OrthusProcessor
     guidance: float
+    text_guidance: float
     image_guidance: float
     seed: int
 
     def draw(self, prompts: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (prompt,))] for prompt in prompts]
-        streams = self.processor.guidance_streams(turns, self.guidance)
+        streams = self.processor.guidance_streams(turns, self.guidance, text_guidance=self.text_guidance)
         return self._generate(turns, on_position, modality="interleaved", max_images=1, force_image=True, **streams)
 
     def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Tick) -> list[list[Segment]]:
@@ -92,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.perf_counter()
     model = OrthusForConditionalGeneration.from_pretrained(args.checkpoint).eval()
     processor = OrthusProcessor.from_pretrained(args.checkpoint)
-    studio = Studio(model, processor, args.guidance, args.image_guidance, args.seed)
+    studio = Studio(model, processor, args.guidance, args.text_guidance, args.image_guidance, args.seed)
     picture = load_image(args.picture)
     shown = processor.image_processor.postprocess(processor.image_processor.pixel_values([picture]))[0]
     print(f"loaded {args.checkpoint} in {time.perf_counter() - started:.1f} s")
@@ -143,6 +144,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--picture", default=str(PICTURE), help="picture file to ask about and to edit")
     parser.add_argument("--output", default="runs/sample")
     parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--text-guidance", type=float, default=3.0, help="weight of the prompt in what is said before a picture")
     parser.add_argument("--image-guidance", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

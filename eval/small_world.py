@@ -75,7 +75,7 @@ class Settings:
     edit_guidance: float = 2.0
     image_guidance: float = 1.0
     story_guidance: float = 2.0
-    text_guidance: float = 1.0
+    text_guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 0.85)
     num_diffusion_steps: int = 20
     solver: str | None = None
