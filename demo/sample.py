@@ -22,6 +22,11 @@ from orthus.image_processing import load_image
 
 Tick = Callable[[int], Any]
 GUIDANCE_INTERVAL = (0.0, 0.85)  # whether a cell holds anything is decided above it, and guidance would spoil that
+PLANNED: dict[str, Any] = {
+    "modality": "interleaved",
+    "max_images": 1,
+    "force_image": True,
+}  # says first what it draws
 PICTURE = Path(__file__).parent / "example.png"
 PROMPTS = (
     "a photo of a red circle",
@@ -61,7 +66,7 @@ class Studio:
     def draw(self, prompts: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (prompt,))] for prompt in prompts]
         streams = self.processor.guidance_streams(turns, self.guidance, text_guidance=self.text_guidance)
-        return self._generate(turns, on_position, modality="interleaved", max_images=1, force_image=True, **streams)
+        return self._generate(turns, on_position, **PLANNED, **streams)
 
     def answer(self, picture: Image.Image, questions: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (picture, question))] for question in questions]
@@ -71,7 +76,7 @@ class Studio:
         """Three streams: picture and instruction, picture only, neither."""
         turns = [[Turn("user", (picture, text))] for text in instructions]
         streams = self.processor.guidance_streams(turns, self.guidance, self.image_guidance)
-        return self._generate(turns, on_position, modality="interleaved", max_images=1, force_image=True, **streams)
+        return self._generate(turns, on_position, **PLANNED, **streams)
 
     def tell(self, requests: Sequence[str], on_position: Tick) -> list[list[Segment]]:
         turns = [[Turn("user", (request,))] for request in requests]
@@ -115,9 +120,7 @@ def main(argv: Sequence[str]) -> None:
     print(f"page     {page.resolve()}\npictures {output.resolve()}/*.png\n{time.perf_counter() - started:.1f} s in all")
 
 
-def run(
-    name: str, texts: Sequence[str], job: Callable[..., list[list[Segment]]], given: list[Segment], output: Path
-) -> Section:
+def run(name: str, texts: Sequence[str], job: Callable[..., list[list[Segment]]], given: list[Segment], output: Path) -> Section:
     """Do one kind of work under a progress bar, save its pictures, and print what it said and the seconds it took."""
     started = time.perf_counter()
     with tqdm(desc=f"{name:9s}", unit=" positions", leave=False) as bar:

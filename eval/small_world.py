@@ -137,11 +137,13 @@ def decodings(settings: Settings) -> dict[str, Decoding]:
     if (edit.guidance, edit.image_guidance) == (1.0, 1.0):
         edit = replace(edit, image_guidance=None)
 
-    def planned(decoding: Decoding) -> Decoding:
-        return replace(decoding, modality="interleaved", force_image=True) if settings.plan else decoding
+    def planned(decoding: Decoding, text_guidance: float = 1.0) -> Decoding:
+        if not settings.plan:
+            return decoding
+        return replace(decoding, modality="interleaved", force_image=True, text_guidance=text_guidance)
 
     return {
-        "geneval": replace(planned(image), text_guidance=settings.text_guidance if settings.plan else 1.0),
+        "geneval": planned(image, settings.text_guidance),
         "geneval_direct": image,
         "mme": text,
         "mme_blank": text,

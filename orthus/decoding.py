@@ -168,10 +168,10 @@ class DecodingLoop:
             elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
                 row.mode = FINISHED
 
-    def _logits(self, hidden: Tensor, writing: list[int]) -> Tensor:
-        """Scores of the next token `(len(writing), V)`, guided in rows without an image (arXiv 2306.17806, section 3)."""
+    def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
+        """Scores of the next token `(len(rows), V)`, guided in rows without an image (arXiv 2306.17806, section 3)."""
         scores = self.model.lm_head(hidden[0]).float()
-        guided = [place for place, index in enumerate(writing) if self._guides_text(self.rows[index])]
+        guided = [place for place, index in enumerate(rows) if self._guides_text(self.rows[index])]
         if guided:
             given = scores[guided].log_softmax(-1)
             uncond = self.model.lm_head(hidden[-1, guided]).float().log_softmax(-1)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from orthus.data.world.draft import Draft, DraftTurn, Source, assistant, user
+from orthus.data.world.draft import Draft, Source, assistant, user
 from orthus.data.world.language import COLUMN_WORDS, NUMBERS, ROW_WORDS, about_phrase, dense_phrase
-from orthus.data.world.questions import draw_questions, reason
+from orthus.data.world.questions import dialogue, draw_questions
 from orthus.data.world.sampling import pick, sample_scene, shuffled
 from orthus.data.world.scene import COLORS, SHAPES, Scene
 
@@ -51,8 +51,4 @@ def draft_look_up(source: Source) -> Draft:
 def draft_read(source: Source) -> Draft:
     """Questions as on a picture, on a description in words."""
     scene, questions = draw_questions(source)
-    told = _told(source, scene)
-    turns: list[DraftTurn] = []
-    for place, question in enumerate(questions):
-        turns += [user(question.text if place else f"{told}. {question.text}"), assistant(question.answer)]
-    return Draft(tuple(turns), "read", tuple(reason(question, scene) for question in questions))
+    return dialogue(scene, questions, (f"{_told(source, scene)}. {questions[0].text}",), "read")

@@ -8,13 +8,14 @@ drawn independently of the setting, so that no question and no other answer tell
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
 from numpy.random import Generator
 
 from orthus.data.world.captions import DESCRIBE, draw_triple
-from orthus.data.world.draft import Draft, DraftTurn, Source, assistant, user
+from orthus.data.world.draft import Draft, DraftSegment, DraftTurn, Source, assistant, user
 from orthus.data.world.language import NOTHING, NUMBERS, about_phrase, dense_phrase, one, place_words, plural, several
 from orthus.data.world.sampling import CELLS, Wanted, pick, pick_weighted, retry, shuffled, try_scene
 from orthus.data.world.scene import MIRROR, RELATIONS, SHAPES, Scene, SceneObject, cell_of, relations
@@ -349,14 +350,19 @@ def draw_questions(source: Source) -> tuple[Scene, list[Question]]:
     return scene, shuffled(rng, questions)
 
 
+def dialogue(scene: Scene, questions: Sequence[Question], first: Sequence[DraftSegment], task: str) -> Draft:
+    """Questions and their answers in turn; `first`, the user's first turn, shows the scene and asks the first question."""
+    turns: list[DraftTurn] = []
+    for place, question in enumerate(questions):
+        turns += [user(question.text) if place else user(*first), assistant(question.answer)]
+    return Draft(tuple(turns), task, tuple(reason(question, scene) for question in questions))
+
+
 def draft_vqa(source: Source) -> Draft:
     """A picture and questions on it; at times a request to describe it at last."""
     scene, questions = draw_questions(source)
-    turns: list[DraftTurn] = []
-    for place, question in enumerate(questions):
-        turns += [user(question.text) if place else user(scene, question.text), assistant(question.answer)]
-    reasons = [reason(question, scene) for question in questions]
-    if not any(question.kind == "existence" for question in questions) and source.rng.random() < 0.1:
-        turns += [user(DESCRIBE), assistant(dense_phrase(scene))]
-        reasons.append("")
-    return Draft(tuple(turns), "vqa", tuple(reasons))
+    draft = dialogue(scene, questions, (scene, questions[0].text), "vqa")
+    if any(question.kind == "existence" for question in questions) or source.rng.random() >= 0.1:
+        return draft
+    described = (user(DESCRIBE), assistant(dense_phrase(scene)))
+    return replace(draft, turns=(*draft.turns, *described), reasons=(*draft.reasons, ""))
