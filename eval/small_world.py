@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -34,6 +34,7 @@ from eval.small_reports import (
     write_lines,
 )
 from eval.small_tasks import describe_requests, edit_requests, geneval_requests, mme_requests, story_requests
+from orthus.adapters import quantization
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
 from orthus.data.world.benchmark import story_items as make_story_items
 from orthus.data.world.dataset import WorldDataset
@@ -60,6 +61,7 @@ class Settings:
     text_guidance: weight of the prompt in what the model says before it draws for a caption.
     guidance_interval: part of the diffusion time in which guidance acts.
     mme_parser: official, lmms or strict.
+    quantize: no, or the backbone's weights as int8 or int4: what that costs in quality (CPU speed is not what it is for).
     world: of the pictures that are shown, and of the scenes on which the grader is validated: `world.level=free`, ...
     """
 
@@ -83,6 +85,7 @@ class Settings:
     held_out: bool = True
     mme_parser: str = "official"
     device: str = "cpu"
+    quantize: Literal["no", "int8", "int4"] = "no"
     world: WorldConfig = WorldConfig()
 
     def __post_init__(self) -> None:
@@ -289,7 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from orthus.processing import OrthusProcessor
 
     check_manifest(Path(settings.output), settings)
-    model = OrthusForConditionalGeneration.from_pretrained(settings.model).eval().to(torch.device(settings.device))
+    options = {} if settings.quantize == "no" else {"quantization_config": quantization(settings.quantize)}
+    model = OrthusForConditionalGeneration.from_pretrained(settings.model, **options).eval().to(torch.device(settings.device))
     processor = OrthusProcessor.from_pretrained(settings.model)
     result = {**evaluate(model, processor, settings), **provenance(settings)}
     write_json(Path(settings.output) / RESULTS, result)

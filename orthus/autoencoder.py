@@ -1,7 +1,8 @@
 """Pixels `(N, 3, H, W)` in [-1, 1] to continuous latents `(N, L, C)` in raster order, and back.
 
 `PatchAutoencoder` is small and trained here; `VQGANAutoencoder` is Chameleon's VQGAN with its quantiser left out (paper,
-section 3.1) and has the tensors of the published checkpoint. Both share one interface: `encode`, `decode`, `forward`.
+section 3.1) and has the tensors of the published checkpoint. Both share one interface with those of other libraries
+(`foreign_autoencoders.py`): `encode`, `decode`, `forward`.
 """
 
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ class AutoencoderOutput(ModelOutput):
 
 
 class Autoencoder(PreTrainedModel):
-    """The interface of both autoencoders; a subclass defines `_encode` and `_decode`."""
+    """The interface of every autoencoder; a subclass defines `_encode` and `_decode`."""
 
     base_model_prefix = "autoencoder"
     main_input_name = "pixel_values"
@@ -191,6 +192,43 @@ class Autoencoder(PreTrainedModel):
         raise NotImplementedError
 
 
+class CalibratedAutoencoder(Autoencoder):
+    """Its latents are features that `calibrate` has given mean 0 and variance 1 per channel: a subclass ends `_encode` with
+    `_calibrated(features)` and begins `_decode` with `_features(latents)`."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self._no_split_modules = {type(self).__name__}
+        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
+        self.register_buffer("latent_std", torch.ones(config.latent_dim))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if module is self:
+            init.zeros_(self.latent_mean)
+            init.ones_(self.latent_std)
+
+    @torch.no_grad()
+    def calibrate(self, pixel_values: Tensor) -> None:
+        """Set `latent_mean` and `latent_std` so that the latents of `pixel_values` `(N, 3, H, W)` have mean 0 and variance 1
+        per channel. Call it after training and before the first latent is used elsewhere; ValueError for constant latents.
+        """
+        features = torch.cat([self._features(self.encode(some)) for some in pixel_values.split(64)])
+        std, mean = torch.std_mean(features.float(), dim=(0, 1))
+        if not bool((std > 0).all()):
+            raise ValueError(f"{len(pixel_values)} images give a constant latent channel; calibrate on varied images")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def _calibrated(self, features: Tensor) -> Tensor:
+        return (features - self.latent_mean) / self.latent_std
+
+    def _features(self, latents: Tensor) -> Tensor:
+        return latents * self.latent_std + self.latent_mean
+
+
 class ResidualMLP(nn.Module):
     """`x + W2 gelu(W1 LN(x))`, twice as wide inside."""
 
@@ -209,7 +247,7 @@ def _mlp(in_dim: int, config: PatchAutoencoderConfig, out_dim: int) -> nn.Sequen
     return nn.Sequential(nn.Linear(in_dim, config.hidden_dim), *blocks, *output)
 
 
-class PatchAutoencoder(Autoencoder):
+class PatchAutoencoder(CalibratedAutoencoder):
     """Encodes and decodes each patch by itself with an MLP, so that one latent says everything about its patch.
 
     The bottleneck divides each latent by its root mean square: training noise has a fixed strength, which an unbounded
@@ -218,52 +256,31 @@ class PatchAutoencoder(Autoencoder):
 
     config_class = PatchAutoencoderConfig
 
-    latent_mean: Tensor
-    latent_std: Tensor
-
     def __init__(self, config: PatchAutoencoderConfig) -> None:
         super().__init__(config)
-        self._no_split_modules = {"PatchAutoencoder"}
         patch_dim = 3 * config.patch_size**2
         self.encoder = _mlp(patch_dim, config, config.latent_dim)
         self.decoder = _mlp(config.latent_dim, config, patch_dim)
-        self.register_buffer("latent_mean", torch.zeros(config.latent_dim))
-        self.register_buffer("latent_std", torch.ones(config.latent_dim))
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, PatchAutoencoder):
-            init.zeros_(module.latent_mean)
-            init.ones_(module.latent_std)
-
-    @torch.no_grad()
-    def calibrate(self, pixel_values: Tensor) -> None:
-        """Set `latent_mean` and `latent_std` so that the latents of `pixel_values` `(N, 3, H, W)` have mean 0 and variance 1
-        per channel. Call it after training and before the first latent is used elsewhere; ValueError for constant latents.
-        """
-        latents = self.encode(pixel_values) * self.latent_std + self.latent_mean
-        std, mean = torch.std_mean(latents.float(), dim=(0, 1))
-        if not bool((std > 0).all()):
-            raise ValueError(f"{len(pixel_values)} images give a constant latent channel; calibrate on varied images")
-        self.latent_mean.copy_(mean)
-        self.latent_std.copy_(std)
 
     def _encode(self, pixel_values: Tensor) -> Tensor:
         size = self.config.patch_size
         patches = rearrange(pixel_values, "n c (h p) (w q) -> n (h w) (c p q)", p=size, q=size)  # (N, L, 3 p p)
-        latents = F.rms_norm(self.encoder(patches), (self.config.latent_dim,))  # (N, L, C)
-        return (latents - self.latent_mean) / self.latent_std
+        return self._calibrated(F.rms_norm(self.encoder(patches), (self.config.latent_dim,)))  # (N, L, C)
 
     def _decode(self, latents: Tensor) -> Tensor:
         size = self.config.patch_size
-        patches = self.decoder(latents * self.latent_std + self.latent_mean)  # (N, L, 3 p p)
+        patches = self.decoder(self._features(latents))  # (N, L, 3 p p)
         height = self.config.image_size // size
         return rearrange(patches, "n (h w) (c p q) -> n c (h p) (w q)", h=height, c=3, p=size, q=size)
 
@@ -373,15 +390,11 @@ class VQGANAutoencoder(Autoencoder):
         return self.decoder(self.post_quant_conv(rearrange(latents, "n (h w) c -> n c h w", h=height).contiguous()))
 
 
-def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know both model types, so that a config can be built from its `model_type`."""
-    pairs: list[tuple[type[PreTrainedConfig], type[Autoencoder]]] = [
-        (PatchAutoencoderConfig, PatchAutoencoder),
-        (VQGANAutoencoderConfig, VQGANAutoencoder),
-    ]
-    for config_class, model_class in pairs:
-        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModel.register(config_class, model_class, exist_ok=True)
+def register(config_class: type[PreTrainedConfig], model_class: type[Autoencoder]) -> None:
+    """Make `AutoConfig` and `AutoModel` know a model type, so that a config can be built from its `model_type`."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class, exist_ok=True)
 
 
-register()
+register(PatchAutoencoderConfig, PatchAutoencoder)
+register(VQGANAutoencoderConfig, VQGANAutoencoder)

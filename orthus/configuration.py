@@ -1,10 +1,12 @@
 """What an Orthus model is made of: a backbone, an autoencoder, a diffusion head and the ids that join them."""
 
 import difflib
+import os
 from typing import Any, Literal
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from orthus import remote_code
 from orthus.conversion import config_from_published, is_published, read_tensor_shapes
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
@@ -59,7 +61,8 @@ class OrthusConfig(PreTrainedConfig):
 
     Args:
         text_config: config of the backbone, any `transformers` decoder (a config object, or a dict with `model_type`).
-        autoencoder_config: config of the autoencoder (`orthus_patch_autoencoder` or `orthus_vqgan_autoencoder`).
+        autoencoder_config: config of the autoencoder (a dict with the `model_type` of any in `autoencoder.py` or
+            `foreign_autoencoders.py`).
         head_config: config of the diffusion head; `latent_dim` and `cond_dim` must fit the two above.
         latent_embedding: how latents enter the backbone: `"softmax"` (soft VQ, eq. 4), `"argmin"` (hard VQ) or
             `"linear"`; the last two are the paper's ablation.
@@ -72,10 +75,11 @@ class OrthusConfig(PreTrainedConfig):
         input_noise: upper end of the uniformly drawn strength of Gaussian noise on input latents in training, in
             units of the head's scaled latents (a guard against exposure bias; 0 = published).
         image_loss_weight: lambda of the training loss, text + lambda * image.
+        lm_head_bias: the LM head has a bias (Phi and GPT-J bring one).
     """
 
     model_type = "orthus"
-    sub_configs = {"text_config": AutoConfig, "autoencoder_config": AutoConfig}  # those that configure a PreTrainedModel
+    sub_configs = {"text_config": AutoConfig, "autoencoder_config": AutoConfig, "head_config": DiffusionHeadConfig}
 
     text_config: Any = None  # a dict or a config at first, a config afterwards; so are the next two
     autoencoder_config: Any = None
@@ -97,6 +101,7 @@ class OrthusConfig(PreTrainedConfig):
     separator_token_id: int = 8710
     vocabulary_map: dict | None = None
     initializer_range: float = 0.02
+    lm_head_bias: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -129,6 +134,16 @@ class OrthusConfig(PreTrainedConfig):
         if is_published(fields):
             fields = config_from_published(fields, read_tensor_shapes(pretrained_model_name_or_path, subfolder, **hub))
         return fields, rest
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoConfig") -> None:
+        """From now on, what is saved holds our code too; see `remote_code.register`."""
+        remote_code.register(cls, auto_class)
+
+    def to_json_file(self, json_file_path: str | os.PathLike, use_diff: bool = True) -> None:
+        """As in `transformers`, and next to `config.json` the code if it is registered; see `remote_code.follow`."""
+        super().to_json_file(json_file_path, use_diff)
+        remote_code.follow(json_file_path)
 
     @property
     def num_latents(self) -> int:

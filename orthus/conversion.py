@@ -159,7 +159,7 @@ def config_from_published(config: Mapping[str, Any], shapes: Mapping[str, tuple[
     text_config = {key: value for key, value in config.items() if key not in _NOT_IN_TEXT_CONFIG}
     text_config |= {key: ids[key] for key in ("bos_token_id", "pad_token_id", "eos_token_id")}
     text_config["vocabulary_map"] = {"<image>": ids["image_token_id"]}  # the whole map is kept once, one level up
-    autoencoder = _autoencoder_config(config.get("vq_config") or {}, shapes)
+    autoencoder = autoencoder_fields(config.get("vq_config") or {}, shapes)
     text_config["vq_config"] = {key: autoencoder[key] for key in _VQ_FIELDS if key in autoencoder}
     codebook = shapes.get("model.codebook_in.weight") or shapes.get("model.vqmodel.quantize.embedding.weight")
     code_offset, num_codes = _code_rows(vocabulary)
@@ -195,7 +195,7 @@ def _code_rows(vocabulary: Mapping[str, int]) -> tuple[int, int]:
     return ids[0], len(ids)
 
 
-def _autoencoder_config(vq_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def autoencoder_fields(vq_config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     fields = {key: vq_config[key] for key in _VQ_FIELDS if key in vq_config}
     quantizer = shapes.get("model.vqmodel.quantize.embedding.weight")
     fields["num_embeddings"] = 0 if quantizer is None else quantizer[0]
@@ -208,7 +208,8 @@ def _head_config(shapes: Mapping[str, tuple[int, ...]], latent_dim: int, hidden_
     if "mlp_head.input_proj.weight" not in shapes:
         logger.warning(
             "No mlp_head tensors in the checkpoint: it is a Chameleon, not an Orthus. The diffusion head, the codebook and "
-            "the image decoder, where absent, start from random values and must be trained."
+            "the image decoder, where absent, start from random values and must be trained. `python -m train.build` makes an "
+            "Orthus-base of it, with the codebook of its quantiser."
         )
         return {**DEFAULT_HEAD, "latent_dim": latent_dim, **fixed}
     width, latent_dim = shapes["mlp_head.input_proj.weight"]

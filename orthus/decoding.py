@@ -5,13 +5,13 @@ while its row writes text) feeds padding that its mask hides. An unconditional s
 columns after its prompt and starting its positions again, so one cache serves all rows and streams.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
 
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
@@ -53,10 +53,33 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Writing:
-    """How tokens are chosen: the likeliest, or sampled through `warpers`. `guidance` acts until a row's first image."""
+    """How tokens are chosen: the likeliest of the processed scores, or `choice` among them. `guidance` acts until a row's first
+    image. What `transformers` calls processors and criteria sees the prompt and what was written."""
 
-    warpers: LogitsProcessorList | None = None
+    processors: LogitsProcessorList
+    stopping_criteria: StoppingCriteriaList
+    choice: "RandomChoice | None" = None
     guidance: float = 1.0
+    streamer: Any = None
+
+
+class RandomChoice:
+    """A last logits processor whose argmax is a draw from the softmax of the scores (Gumbel-max): with a generator per row the
+    draws of a row do not depend on the others."""
+
+    def __init__(self, generator: torch.Generator | list[torch.Generator] | None) -> None:
+        self.generator = generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return self.choose(scores, range(len(scores)))
+
+    def choose(self, scores: Tensor, rows: Sequence[int]) -> Tensor:
+        """Scores `(len(rows), V)` of these rows of the batch with Gumbel noise."""
+        one = None if isinstance(self.generator, list) else self.generator
+        given = [self.generator[row] for row in rows] if isinstance(self.generator, list) else [one] * len(rows)
+        draws = [torch.rand(scores.shape[-1], generator=g, device=g.device if g else scores.device) for g in given]
+        uniform = torch.stack(draws).to(scores.device).clamp(min=torch.finfo(torch.float32).tiny)
+        return scores.float() - (-uniform.log()).log()
 
 
 @dataclass
@@ -91,10 +114,13 @@ class DecodingLoop:
         self.positions = self.prompt_lengths.clone()
         self.rows = [Row() for _ in range(self.num_rows)]
         self.cache = DynamicCache(config=model.config.text_config)
-        self.banned = _banned_ids(config, ids.device)
+        self.banned = banned_ids(config, ids.device)
 
     def run(self, on_position: Callable[[int], None] | None) -> list[Row]:
         model = self.model
+        streamer = self.writing.streamer
+        if streamer is not None:
+            streamer.put(self.prompt_ids[: self.num_rows].cpu())
         embeddings = model.embed_inputs(self.prompt_ids, self.prompt_latents)
         positions = positions_from_mask(self.mask)
         hidden = self._advance(embeddings, positions)
@@ -105,6 +131,8 @@ class DecodingLoop:
             if fed is None:
                 break
             hidden = self._advance(*fed)
+        if streamer is not None:
+            streamer.end()
         return self.rows
 
     def _advance(self, embeddings: Tensor, positions: Tensor) -> Tensor:
@@ -122,12 +150,15 @@ class DecodingLoop:
         """Extend each row by one token or latent; embeddings `(R, 1, D)` and positions `(R, 1)` to feed, None at the end."""
         config, model = self.model.config, self.model
         next_ids = torch.full((self.num_rows,), config.pad_token_id, device=hidden.device)
+        before = [len(row.tokens) for row in self.rows]
         self._write_text(hidden, next_ids)
         drawing = [i for i, row in enumerate(self.rows) if row.mode == IMAGE and self._draws_latent(row, next_ids, i)]
         latents = self._draw(hidden[:, drawing], drawing) if drawing else None
         for index in drawing:
             self.rows[index].tokens.append(config.image_token_id)
             self._finish_if_last_image(self.rows[index])
+        if self.writing.streamer is not None:
+            self._stream(before, drawing, latents)
         active = [row.mode != FINISHED for row in self.rows]
         if not any(active):
             return None
@@ -144,15 +175,16 @@ class DecodingLoop:
         writing = [i for i, row in enumerate(self.rows) if row.mode == TEXT]
         if not writing:
             return
+        scores = None
         if self.limits.modality == "image":
             chosen = [config.boi_token_id] * len(writing)
         else:
-            logits = self._logits(hidden[:, writing], writing)
-            logits[:, self.banned] = -torch.inf
-            for index, row_logits in zip(writing, logits, strict=True):
+            scores = self._logits(hidden[:, writing], writing)
+            scores[:, self.banned] = -torch.inf
+            for index, row_scores in zip(writing, scores, strict=True):
                 if not self._may_draw(self.rows[index]):
-                    row_logits[config.boi_token_id] = -torch.inf
-            chosen = self._pick(logits, writing)
+                    row_scores[config.boi_token_id] = -torch.inf
+            chosen = self._pick(scores, writing)
         ends = (config.separator_token_id, config.eos_token_id)
         for index, token in zip(writing, chosen, strict=True):
             row = self.rows[index]
@@ -167,6 +199,8 @@ class DecodingLoop:
                 self._restart_streams(index)
             elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
                 row.mode = FINISHED
+        if scores is not None:
+            self._stop(writing, scores)
 
     def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Scores of the next token `(len(rows), V)`, guided in rows without an image (arXiv 2306.17806, section 3)."""
@@ -181,16 +215,41 @@ class DecodingLoop:
     def _guides_text(self, row: Row) -> bool:
         return self.writing.guidance != 1.0 and row.mode == TEXT and not row.images
 
-    def _pick(self, logits: Tensor, writing: list[int]) -> list[int]:
-        if self.writing.warpers is None:
-            return logits.argmax(-1).tolist()
-        probabilities = self.writing.warpers(cast(Any, None), logits).softmax(-1)
-        draws = [torch.multinomial(p, 1, generator=self._generator(i)) for i, p in zip(writing, probabilities, strict=True)]
-        return torch.cat(draws).tolist()
+    def _pick(self, scores: Tensor, rows: list[int]) -> list[int]:
+        """The next token of each of `rows`, by processed scores `(len(rows), V)`."""
+        writing = self.writing
+        if writing.processors:
+            scores = writing.processors(cast(Any, self._history(rows)), cast(Any, scores))
+        if writing.choice is not None:
+            scores = writing.choice.choose(scores, rows)
+        return scores.argmax(-1).tolist()
 
-    def _generator(self, row: int) -> torch.Generator | None:
-        generator = self.drawing.generator
-        return generator[row] if isinstance(generator, list) else generator
+    def _history(self, rows: list[int]) -> Tensor:
+        """Ids `(len(rows), T)` of the prompts and of all that was written, padded on the left."""
+        pad = self.model.config.pad_token_id
+        width = max(len(self.rows[i].tokens) for i in rows)
+        written = [torch.tensor(self.rows[i].tokens, dtype=torch.long, device=self.prompt_ids.device) for i in rows]
+        full = [torch.cat([self.prompt_ids[i], ids]) for i, ids in zip(rows, written, strict=True)]
+        return torch.cat([_pad_left(ids.unsqueeze(0), self.prompt_ids.shape[1] + width, pad) for ids in full])
+
+    def _stop(self, rows: list[int], scores: Tensor) -> None:
+        """End the rows at which a stopping criterion asks for it."""
+        writing = [i for i in rows if self.rows[i].mode == TEXT]
+        if writing and self.writing.stopping_criteria:
+            kept = [rows.index(i) for i in writing]
+            is_done = self.writing.stopping_criteria(cast(Any, self._history(writing)), cast(Any, scores[kept]))
+            for index, done in zip(writing, cast(Tensor, is_done).tolist(), strict=True):
+                if done:
+                    self.rows[index].mode = FINISHED
+
+    def _stream(self, before: list[int], drawing: list[int], latents: Tensor | None) -> None:
+        """Tell the streamer the new id of every row (padding where there is none) and the new latents."""
+        streamer, pad = self.writing.streamer, self.model.config.pad_token_id
+        if latents is not None and hasattr(streamer, "put_latents"):
+            streamer.put_latents(drawing, latents)
+        new = [row.tokens[start:] for row, start in zip(self.rows, before, strict=True)]
+        for place in range(max(map(len, new))):
+            streamer.put(torch.tensor([ids[place] if place < len(ids) else pad for ids in new]))
 
     def _may_draw(self, row: Row) -> bool:
         room = self.limits.max_new_tokens - len(row.tokens)
@@ -267,7 +326,7 @@ class DecodingLoop:
         return embeddings.repeat(self.num_streams, 1, 1), positions
 
 
-def _banned_ids(config: Any, device: torch.device) -> Tensor:
+def banned_ids(config: Any, device: torch.device) -> Tensor:
     """Ids that the LM head may never write: code rows, image placeholders, end-of-image, padding, begin-of-text."""
     codes = torch.arange(config.code_offset, config.code_offset + config.num_codes, device=device)
     names = ("image_token_id", "eoi_token_id", "pad_token_id", "bos_token_id")

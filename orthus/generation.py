@@ -1,21 +1,34 @@
-"""`generate`: its options, their checks and its output. The loop itself is in `decoding.py`."""
+"""`generate`: its options, their checks and its output.
+
+Text alone is written by `transformers`' own loop; images, and text in which rows switch to images, by `decoding.py`.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    GenerationMixin,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.utils import ModelOutput
 
-from orthus.decoding import DecodingLoop, Drawing, Limits, Prompt, Row, Writing
+from orthus.decoding import DecodingLoop, Drawing, Limits, Prompt, RandomChoice, Row, Writing, banned_ids
 
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
 
 MODALITIES = ("text", "image", "interleaved")
 DEFAULT_TEXT_TOKENS = 256
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -27,79 +40,220 @@ class OrthusGenerateOutput(ModelOutput):
     pixel_values: list[Tensor] | None = None
 
 
-@torch.no_grad()
-def generate(
-    model: "OrthusForConditionalGeneration",
-    input_ids: Tensor,
-    attention_mask: Tensor | None = None,
-    pixel_values: Tensor | None = None,
-    image_latents: Tensor | None = None,
-    *,
-    modality: str = "interleaved",
-    guidance: float = 1.0,
-    text_guidance: float = 1.0,
-    negative_input_ids: Tensor | None = None,
-    negative_attention_mask: Tensor | None = None,
-    image_guidance: float | None = None,
-    image_negative_input_ids: Tensor | None = None,
-    image_negative_attention_mask: Tensor | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    num_diffusion_steps: int | None = None,
-    solver: str | None = None,
-    max_images: int | None = None,
-    force_image: bool = False,
-    max_new_tokens: int | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | list[torch.Generator] | None = None,
-    noise: Tensor | None = None,
-    decode: bool = True,
-    on_position: Callable[[int], None] | None = None,
-) -> OrthusGenerateOutput:
-    """Continue each prompt of a batch.
+class OrthusGenerationMixin(GenerationMixin):
+    """`generate` for a model whose rows write text and draw images.
 
-    Args:
-        input_ids, attention_mask: `(B, P)`, left-padded, ending in the separator of the user's turn.
-        pixel_values, image_latents: the images of all prompts in order, `(N, 3, H, W)` or raw `(N, L, C)`.
-        modality: `"text"`, `"image"` (begin-of-image is forced, `max_images` images, default 1) or `"interleaved"` (each row
-            chooses by itself).
-        guidance: classifier-free guidance weight of the text; other than 1 it needs `negative_input_ids` `(1 | B, P')`.
-        text_guidance: the same for the tokens that a row writes before its first image: what it says that it will draw.
-        image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
-            images and without its text.
-        guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
-        max_images: images per row (default as many as `noise` holds, else 1 for `"image"`, 4 for `"interleaved"`).
-        force_image: a row that would end without an image draws one instead.
-        max_new_tokens: bound on new positions per row, image positions included.
-        generator: one generator, or one per row (draws that do not depend on the rest of the batch).
-        noise: `(B, max_images, L, C)` standard normal draws to replay.
-        decode: also return pixels.
-        on_position: called with the number of positions done, once per backbone call.
-
-    Raises:
-        ValueError: unknown modality, missing unconditional prompt, too long a prompt, noise of the wrong shape.
+    `GenerationMixin.generate(model, ...)` remains `transformers`' own loop: text only, with its own output.
     """
-    mask = _checked_mask("input_ids", input_ids, attention_mask)
-    latents = model._resolve_latents(pixel_values, image_latents)
-    streams = [Prompt(input_ids, mask, latents)]
-    if image_guidance is not None:
-        streams.append(_stream("image_guidance", image_negative_input_ids, image_negative_attention_mask, input_ids, latents))
-    if guidance != 1.0 or text_guidance != 1.0 or image_guidance is not None:
-        streams.append(_stream("guidance", negative_input_ids, negative_attention_mask, input_ids, None))
-    if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
-        max_images = noise.shape[1]
-    limits = _limits(model, modality, max_new_tokens, max_images, force_image, max(len(s.input_ids[0]) for s in streams))
-    drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
-    _check_draws(model, drawing, len(input_ids), limits.max_images)
-    warpers = LogitsProcessorList()
-    if do_sample and temperature != 1.0:
-        warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if do_sample and top_p < 1.0:
-        warpers.append(TopPLogitsWarper(float(top_p)))
-    loop = DecodingLoop(model, streams, limits, drawing, Writing(warpers if do_sample else None, text_guidance))
-    rows = loop.run(on_position)
-    return _output(model, rows, decode)
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        *,
+        modality: str = "interleaved",
+        guidance: float = 1.0,
+        text_guidance: float = 1.0,
+        negative_input_ids: Tensor | None = None,
+        negative_attention_mask: Tensor | None = None,
+        image_guidance: float | None = None,
+        image_negative_input_ids: Tensor | None = None,
+        image_negative_attention_mask: Tensor | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        num_diffusion_steps: int | None = None,
+        solver: str | None = None,
+        max_images: int | None = None,
+        force_image: bool = False,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        streamer: Any = None,
+        generator: Generators = None,
+        noise: Tensor | None = None,
+        decode: bool = True,
+        on_position: Callable[[int], None] | None = None,
+        **text_options: Any,
+    ) -> OrthusGenerateOutput:
+        """Continue each prompt of a batch.
+
+        Args:
+            input_ids, attention_mask: `(B, P)`, left-padded, ending in the separator of the user's turn.
+            pixel_values, image_latents: the images of all prompts in order, `(N, 3, H, W)` or raw `(N, L, C)`; both when some
+                come as pixels, whose latents are then NaN.
+            modality: `"text"`, `"image"` (begin-of-image is forced, `max_images` images, default 1) or `"interleaved"` (each row
+                chooses by itself).
+            guidance: classifier-free guidance weight of the text; other than 1 it needs `negative_input_ids` `(1 | B, P')`.
+            text_guidance: the same for the tokens that a row writes before its first image: what it says that it will draw.
+            image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
+                images and without its text.
+            guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
+            max_images: images per row (default as many as `noise` holds, else 1 for `"image"`, 4 for `"interleaved"`).
+            force_image: a row that would end without an image draws one instead.
+            max_new_tokens: bound on new positions per row, image positions included.
+            num_return_sequences: continuations of each prompt; row `i * n + j` of the output is the j-th of prompt i.
+            do_sample, temperature, top_k, top_p, min_p, logits_processor, stopping_criteria: of the text, as in `transformers`.
+            streamer: receives the prompt, then one id per row and call of the backbone, as `transformers`' streamers do, and
+                latents as they are drawn if it has `put_latents`; see [`orthus.streaming.SegmentStreamer`].
+            generator: one generator, or one per row of the output (draws that do not depend on the rest of the batch).
+            noise: `(B, max_images, L, C)` standard normal draws to replay.
+            decode: also return pixels.
+            on_position: called with the number of positions done, once per backbone call.
+            text_options: for `"text"` alone: every other option of `transformers`' `generate` (`num_beams`,
+                `cache_implementation`, ...).
+
+        Raises:
+            ValueError: unknown modality or option, missing unconditional prompt, too long a prompt, noise of the wrong shape.
+        """
+        model = cast("OrthusForConditionalGeneration", self)
+        mask = _checked_mask("input_ids", input_ids, attention_mask)
+        latents = model._resolve_latents(pixel_values, image_latents)
+        prompt = _repeated(model, Prompt(input_ids, mask, latents), num_return_sequences)
+        streams = [prompt]
+        if image_guidance is not None:
+            negative = (image_negative_input_ids, image_negative_attention_mask)
+            streams.append(_stream("image_guidance", *negative, prompt, num_return_sequences, prompt.image_latents))
+        if guidance != 1.0 or text_guidance != 1.0 or image_guidance is not None:
+            negative = (negative_input_ids, negative_attention_mask)
+            streams.append(_stream("guidance", *negative, prompt, num_return_sequences, None))
+        if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
+            max_images = noise.shape[1]
+        limits = _limits(model, modality, max_new_tokens, max_images, force_image, max(len(s.input_ids[0]) for s in streams))
+        drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
+        _check_draws(model, drawing, len(prompt.input_ids), limits.max_images)
+        processors = LogitsProcessorList([*(logits_processor or ()), *_warpers(do_sample, temperature, top_k, top_p, min_p)])
+        choice = RandomChoice(generator) if do_sample else None
+        if choice and text_options.get("num_beams", 1) != 1:
+            raise ValueError(f"num_beams={text_options['num_beams']} with do_sample=True is not supported; drop one of them")
+        if modality == "text" and text_guidance == 1.0:
+            processors += [choice] if choice else []
+            options = {**text_options, "max_new_tokens": limits.max_new_tokens, "streamer": streamer}
+            return _write(model, prompt, processors, stopping_criteria, on_position, options)
+        if text_options:
+            raise ValueError(f"options {sorted(text_options)} are for modality='text' without text_guidance only; drop them")
+        writing = Writing(processors, stopping_criteria or StoppingCriteriaList(), choice, text_guidance, streamer)
+        rows = DecodingLoop(model, streams, limits, drawing, writing).run(on_position)
+        return _output(model, rows, decode)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        image_latents: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,  # transformers looks for this very name
+    ) -> dict[str, Any]:
+        """As in `transformers`; pictures are passed on only where their placeholders are fed."""
+        inputs: dict[str, Any] = cast(Any, super()).prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        fed = inputs.get("input_ids")
+        image_token = cast("OrthusForConditionalGeneration", self).config.image_token_id
+        if fed is not None and fed.shape[1] > 1 and bool((fed == image_token).any()):
+            inputs |= {"pixel_values": pixel_values, "image_latents": image_latents}
+        return inputs
+
+    def _expand_inputs_for_generation(  # type: ignore[override]
+        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: Tensor | None = None, **inputs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As in `transformers`, with the pictures of a row repeated together."""
+        model = cast("OrthusForConditionalGeneration", self)
+        pictures = {name: inputs.pop(name) for name in ("pixel_values", "image_latents") if inputs.get(name) is not None}
+        if pictures and input_ids is not None and expand_size > 1 and inputs.get("inputs_embeds") is None:
+            latents = cast(Tensor, model._resolve_latents(pictures.get("pixel_values"), pictures.get("image_latents")))
+            pictures = {"image_latents": _repeat_pictures(model, input_ids, latents, expand_size)}
+        ids, inputs = cast(Any, super())._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **inputs)
+        return ids, {**inputs, **pictures}
+
+
+def _warpers(do_sample: bool, temperature: float, top_k: int, top_p: float, min_p: float) -> list[Any]:
+    """What turns scores into those that are sampled from, in the order of `transformers`."""
+    if not do_sample:
+        return []
+    wanted: list[tuple[bool, Callable[[], Any]]] = [
+        (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
+        (top_k > 0, lambda: TopKLogitsWarper(top_k)),
+        (top_p < 1.0, lambda: TopPLogitsWarper(float(top_p))),
+        (min_p > 0.0, lambda: MinPLogitsWarper(float(min_p))),
+    ]
+    return [make() for is_wanted, make in wanted if is_wanted]
+
+
+def _write(
+    model: "OrthusForConditionalGeneration",
+    prompt: Prompt,
+    processors: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList | None,
+    on_position: Callable[[int], None] | None,
+    options: dict[str, Any],
+) -> OrthusGenerateOutput:
+    """Text alone, by `transformers`: what the head may not write is suppressed, and no image begins."""
+    config = model.config
+    never = torch.cat([banned_ids(config, torch.device("cpu")), torch.tensor([config.boi_token_id])])
+    suppressed = SuppressTokensLogitsProcessor(never.tolist(), device=str(prompt.input_ids.device))
+    counted = StoppingCriteriaList([*(stopping_criteria or ()), *([_Counter(on_position)] if on_position else [])])
+    settings = {"eos_token_id": [config.separator_token_id, config.eos_token_id], "pad_token_id": config.pad_token_id}
+    sequences = GenerationMixin.generate(
+        model,  # type: ignore[arg-type]
+        prompt.input_ids,
+        attention_mask=prompt.attention_mask,
+        image_latents=prompt.image_latents,
+        logits_processor=LogitsProcessorList([suppressed, *processors]),
+        stopping_criteria=counted,
+        return_dict_in_generate=False,
+        **{**settings, "do_sample": False, **options},
+    )
+    new = cast(Tensor, sequences)[:, prompt.input_ids.shape[1] :]
+    return OrthusGenerateOutput(new, *([empty] * len(new) for empty in _nothing_drawn(model)))
+
+
+def _nothing_drawn(model: "OrthusForConditionalGeneration") -> tuple[Tensor, Tensor]:
+    """Latents `(0, L, C)` and pixels `(0, 3, H, W)`."""
+    config, device = model.config, model.lm_head.weight.device
+    size = config.autoencoder_config.image_size
+    latents = torch.empty(0, config.num_latents, config.head_config.latent_dim, device=device)
+    return latents, torch.empty(0, 3, size, size, device=device)
+
+
+class _Counter:
+    """A stopping criterion that never stops and reports how many positions are done."""
+
+    def __init__(self, on_position: Callable[[int], None]) -> None:
+        self.on_position, self.done = on_position, 0
+
+    def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
+        self.done += 1
+        self.on_position(self.done)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _repeat_pictures(model: "OrthusForConditionalGeneration", ids: Tensor, latents: Tensor, times: int) -> Tensor:
+    """Latents `(N, L, C)` of the pictures of all rows of `ids`, those of each row `times` times in turn."""
+    counts = ((ids == model.config.image_token_id).sum(-1) // model.config.num_latents).tolist()
+    return torch.cat([row.repeat(times, 1, 1) for row in latents.split(counts)])
+
+
+def _repeated(model: "OrthusForConditionalGeneration", prompt: Prompt, times: int) -> Prompt:
+    """Every row `times` times in turn."""
+    if times < 1:
+        raise ValueError(f"num_return_sequences={times} is below 1")
+    if times == 1:
+        return prompt
+    latents = prompt.image_latents
+    return Prompt(
+        prompt.input_ids.repeat_interleave(times, 0),
+        prompt.attention_mask.repeat_interleave(times, 0),
+        None if latents is None else _repeat_pictures(model, prompt.input_ids, latents, times),
+    )
 
 
 def _checked_mask(name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,15 +268,17 @@ def _checked_mask(name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _stream(name: str, ids: Tensor | None, mask: Tensor | None, like: Tensor, latents: Tensor | None) -> Prompt:
-    """A guidance stream for every row; its prompt may be given once for all rows."""
+def _stream(name: str, ids: Tensor | None, mask: Tensor | None, prompt: Prompt, times: int, latents: Tensor | None) -> Prompt:
+    """A guidance stream for every row of `prompt`; its own prompt may be given once for all, or once per prompt."""
     if ids is None:
         prefix = "image_negative" if name == "image_guidance" else "negative"
         raise ValueError(f"{name} needs {prefix}_input_ids, the unconditional prompt (see OrthusProcessor.unconditional)")
     mask = _checked_mask("the unconditional prompt", ids, mask)
-    if len(ids) not in (1, len(like)):
-        raise ValueError(f"the unconditional prompt has {len(ids)} rows, expected 1 or {len(like)}")
-    return Prompt(ids.expand(len(like), -1).to(like.device), mask.expand(len(like), -1).to(like.device), latents)
+    num_rows, device = len(prompt.input_ids), prompt.input_ids.device
+    if len(ids) not in (1, num_rows // times):
+        raise ValueError(f"the unconditional prompt has {len(ids)} rows, expected 1 or {num_rows // times}")
+    repeats = num_rows // len(ids)
+    return Prompt(ids.repeat_interleave(repeats, 0).to(device), mask.repeat_interleave(repeats, 0).to(device), latents)
 
 
 def _limits(
@@ -172,13 +328,12 @@ def _output(model: "OrthusForConditionalGeneration", rows: list[Row], decode: bo
     sequences = torch.full((len(rows), width), config.pad_token_id, device=device)
     for index, row in enumerate(rows):
         sequences[index, : len(row.tokens)] = torch.tensor(row.tokens, device=device)
-    empty = torch.empty(0, config.num_latents, config.head_config.latent_dim, device=device)
-    latents = [torch.stack([torch.stack(image) for image in row.images]) if row.images else empty for row in rows]
+    no_latents, no_pixels = _nothing_drawn(model)
+    latents = [torch.stack([torch.stack(image) for image in row.images]) if row.images else no_latents for row in rows]
     pixels: list[Tensor] | None = None
     if decode:
         counts = [len(image) for image in latents]
         flat = torch.cat(latents)
-        size = config.autoencoder_config.image_size
-        decoded = model.decode_image_latents(flat) if len(flat) else torch.empty(0, 3, size, size, device=device)
+        decoded = model.decode_image_latents(flat) if len(flat) else no_pixels
         pixels = list(decoded.split(counts))
     return OrthusGenerateOutput(sequences=sequences, image_latents=latents, pixel_values=pixels)

@@ -17,10 +17,13 @@ from PIL import Image, ImageOps
 from transformers import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
+from orthus import remote_code
+
 ImageLike = Image.Image | np.ndarray | torch.Tensor
 
 MAX_PIXELS = 64_000_000
 EXIF_ORIENTATION = 0x0112
+LATENTS_KEY = "orthus_latents"  # in `Image.info`, which copies and conversions inherit: hence the checksum
 ALWAYS_ON = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
 # What Pillow's decoders raise on damaged files (OSError includes UnidentifiedImageError and "image file is truncated").
 DECODE_ERRORS = (OSError, SyntaxError, EOFError, ValueError, TypeError, IndexError, KeyError, struct.error, zlib.error,
@@ -128,6 +131,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def remember_latents(image: Image.Image, latents: torch.Tensor, owner: str) -> None:
+    """Attach the latents `(L, C)` that a picture was decoded from, for whoever knows the word `owner`."""
+    image.info[LATENTS_KEY] = (owner, zlib.crc32(image.tobytes()), latents.detach().float().cpu())
+
+
+def latents_of(image: Image.Image, owner: str) -> torch.Tensor | None:
+    """The latents `(L, C)` of a generated picture; None for others, and for one that was changed afterwards."""
+    found_owner, checksum, latents = getattr(image, "info", {}).get(LATENTS_KEY, (None, None, None))
+    return latents if found_owner == owner and checksum == zlib.crc32(image.tobytes()) else None
+
+
 class OrthusImagesKwargs(ImagesKwargs, total=False):
     max_pixels: int
 
@@ -188,6 +202,16 @@ class OrthusImageProcessor(BaseImageProcessor):
                 f"{rescale_factor=}, {image_mean=}, {image_std=}; "
                 "pass a positive factor, three means and three positive deviations"
             )
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoImageProcessor") -> None:
+        """From now on, what is saved holds our code too; see `remote_code.register`."""
+        remote_code.register(cls, auto_class)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """As in `transformers`, and next to `preprocessor_config.json` the code if it is registered; see `remote_code.follow`."""
+        super().to_json_file(json_file_path)
+        remote_code.follow(json_file_path)
 
     def prepare(self, image: ImageLike) -> Image.Image:
         """One picture -> RGB of exactly `crop_size`, uint8.

@@ -7,18 +7,22 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.models import auto
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
+from orthus import adapters, loading, remote_code
 from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
-from orthus import generation, loading
 from orthus.configuration import IGNORE_INDEX, OrthusConfig
 from orthus.conversion import IGNORED_KEYS, PUBLISHED_KEY_MAPPING
 from orthus.decoding import positions_from_mask
 from orthus.diffusion_head import DiffusionHead, init_layer
+from orthus.generation import OrthusGenerationMixin
 from orthus.soft_vq import LatentEmbedding
+from orthus.text_head import TextHead
 
 
 @dataclass
@@ -41,7 +45,7 @@ class OrthusOutput(ModelOutput):
     loss_counts: dict[str, int] | None = None
 
 
-class OrthusForConditionalGeneration(PreTrainedModel):
+class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
     """One causal transformer over text tokens and continuous image latents (arXiv 2412.00127).
 
     Latents `(N, L, C)` are raw autoencoder features at every public method; `N` counts images in order of appearance over
@@ -56,18 +60,20 @@ class OrthusForConditionalGeneration(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["DiffusionHead"]
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _keys_to_ignore_on_load_unexpected = list(IGNORED_KEYS)
 
     def __init__(self, config: OrthusConfig) -> None:
         super().__init__(config)
+        self.generation_config.eos_token_id = [config.separator_token_id, config.eos_token_id]
         self.backbone = AutoModel.from_config(config.text_config)
         table = next(name for name, module in self.backbone.named_modules() if module is self.backbone.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
         if hasattr(self.backbone, "vqmodel"):  # Chameleon brings a discrete tokenizer of its own; ours is `autoencoder`
             del self.backbone.vqmodel
-        self.autoencoder = AutoModel.from_config(config.autoencoder_config)
+        self.autoencoder = AutoModel.from_config(config.autoencoder_config).requires_grad_(False)  # trained by itself
         self.latent_embedding = LatentEmbedding(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = TextHead(config.text_config, config.lm_head_bias)
         self.diffusion_head = DiffusionHead(config.head_config)
         self.post_init()
 
@@ -85,7 +91,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, pretrained_model_name_or_path: str, *args: Any, allow_missing: bool = False, **options: Any
+        cls, pretrained_model_name_or_path: str | None, *args: Any, allow_missing: bool = False, **options: Any
     ) -> Any:
         """Load our layout or the published one (`model_type: chameleon`), from a folder or a hub name, safetensors only.
 
@@ -97,9 +103,13 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         loading.refuse_pickles(path, options.get("subfolder", ""))
         loading.refuse_missing_shards(path, options.get("subfolder", ""))
         accept_misshaped = options.pop("ignore_mismatched_sizes", False)
+        if options.get("quantization_config") is not None:
+            options["quantization_config"] = loading.spare_heads(options["quantization_config"])
         options = {"use_safetensors": True, "key_mapping": PUBLISHED_KEY_MAPPING, **options}
         try:
-            loaded: Any = super().from_pretrained(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+            source: Any = path if pretrained_model_name_or_path is not None else None  # None: `config` and `state_dict`
+            options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            loaded: Any = super().from_pretrained(source, *args, **options)
         except SafetensorError as error:
             raise loading.damaged(error, path) from error
         model, report = loaded
@@ -107,10 +117,19 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             loading.check_shapes(path, report)
         if not allow_missing:
             loading.check_complete(path, report)
+        loading.check_resident(path, model)
         return (model, report) if wants_report else model
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = remote_code.MODEL_AUTO_CLASSES[0]) -> None:
+        """From now on, what is saved holds our code too; see `remote_code.register`."""
+        remote_code.register(cls, auto_class)
+
     def save_pretrained(self, save_directory: str, *, save_original_format: bool = False, **options: Any) -> None:  # type: ignore[override]
-        """As in `transformers`, in our layout; `conversion.save_published` writes the published one."""
+        """As in `transformers`, in our layout, adapters merged; `conversion.save_published` writes the published one."""
+        if adapters.has_lora(self):
+            adapters.save_merged(self, save_directory, save_original_format=save_original_format, **options)
+            return
         super().save_pretrained(save_directory, save_original_format=save_original_format, **options)
 
     # ------------------------------------------------------------------ latents in and out
@@ -152,9 +171,12 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         return cast(Tensor, self.latent_embedding(latents, self.code_embeddings()))
 
     def code_embeddings(self) -> Tensor:
-        """`(K, D)`: the rows of the input embeddings that belong to the codebook, the `W` of eq. 4."""
-        start = self.config.code_offset
-        return cast(Tensor, self.get_input_embeddings().weight)[start : start + self.config.num_codes]
+        """`(K, D)`: the input embeddings of the codebook's ids, the `W` of eq. 4: rows of the table, which Gemma scales."""
+        table, start = self.get_input_embeddings(), self.config.code_offset
+        end = start + self.config.num_codes
+        if type(table).forward is nn.Embedding.forward:
+            return cast(Tensor, table.weight)[start:end]
+        return cast(Tensor, table(torch.arange(start, end, device=cast(Tensor, table.weight).device)))
 
     def embed_inputs(self, input_ids: Tensor, image_latents: Tensor | None) -> Tensor:
         """Backbone inputs `(B, T, D)`: token embeddings, with embedded latents at the image placeholders."""
@@ -201,7 +223,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         skip_logits: bool | None = None,
-        **backbone_kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> OrthusOutput:
         """Run the backbone and, given `labels`, both losses.
 
@@ -228,7 +250,8 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if use_cache is None and past_key_values is None:
             # A cache would keep the backbone from seeing packed examples in `position_ids`; a loss has no use for one.
             use_cache = None if labels is None and not packed else False
-        if packed and needs_one_row(self.backbone.config):
+        one_row = packed and needs_one_row(self.backbone.config)
+        if one_row:
             inputs_embeds, position_ids = inputs_embeds.reshape(1, -1, shape[-1]), cast(Tensor, position_ids).reshape(1, -1)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -239,7 +262,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             past_key_values=past_key_values,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
-            **backbone_kwargs,
+            **kwargs,
         )
         hidden = outputs.last_hidden_state.reshape(shape)
         if skip_logits is None:
@@ -251,7 +274,7 @@ class OrthusForConditionalGeneration(PreTrainedModel):
             **losses,
             logits=None if skip_logits else self.lm_head(hidden[:, -logits_to_keep:]),
             past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states and tuple(states.reshape(shape) for states in outputs.hidden_states),
+            hidden_states=outputs.hidden_states if not one_row else tuple(s.reshape(shape) for s in outputs.hidden_states or ()),
             attentions=outputs.attentions,
             last_hidden_state=hidden,
         )
@@ -290,13 +313,22 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         }
 
     def _resolve_latents(self, pixel_values: Tensor | None, image_latents: Tensor | None) -> Tensor | None:
-        if pixel_values is not None and image_latents is not None:
-            raise ValueError("pass pixel_values or image_latents, not both")
-        if pixel_values is not None:
-            return self.get_image_latents(pixel_values)
-        if image_latents is not None:
-            self._check_latents(image_latents)
-        return image_latents
+        """Latents `(N, L, C)` of all pictures. Given both, pixels stand for the pictures whose latents are NaN."""
+        if pixel_values is None:
+            if image_latents is not None:
+                self._check_latents(image_latents)
+            return image_latents
+        encoded = self.get_image_latents(pixel_values)
+        if image_latents is None:
+            return encoded
+        self._check_latents(image_latents)
+        unknown = image_latents.isnan().flatten(1).all(-1)
+        if int(unknown.sum()) != len(encoded):
+            raise ValueError(
+                f"pixel_values holds {len(encoded)} pictures but {int(unknown.sum())} of {len(image_latents)} image_latents are "
+                "NaN, which marks those that come as pixels; pass one of them, not both, or as many pixels as NaN entries"
+            )
+        return image_latents.to(encoded).index_copy(0, unknown.nonzero()[:, 0], encoded)
 
     def _noise_inputs(self, latents: Tensor | None) -> Tensor | None:
         """In training, latents that the backbone reads carry noise of a random strength per image; targets stay clean."""
@@ -317,12 +349,6 @@ class OrthusForConditionalGeneration(PreTrainedModel):
         if limit is not None and length > limit:
             raise ValueError(f"{length} positions exceed the backbone's limit of {limit}; shorten the prompt")
 
-    # ------------------------------------------------------------------ generation
-
-    def generate(self, *args: Any, **options: Any) -> generation.OrthusGenerateOutput:
-        """Continue a batch of prompts with text, an image, or both; the arguments are those of [`generation.generate`]."""
-        return generation.generate(self, *args, **options)
-
 
 def is_packed(attention_mask: Tensor | None, position_ids: Tensor | None) -> bool:
     """Whether rows hold several examples: no mask, and positions that restart."""
@@ -338,4 +364,6 @@ def needs_one_row(config: Any) -> bool:
 
 
 AutoConfig.register(OrthusConfig.model_type, OrthusConfig, exist_ok=True)
-AutoModelForImageTextToText.register(OrthusConfig, OrthusForConditionalGeneration, exist_ok=True)
+for _name in remote_code.MODEL_AUTO_CLASSES:
+    if hasattr(auto, _name):
+        getattr(auto, _name).register(OrthusConfig, OrthusForConditionalGeneration, exist_ok=True)

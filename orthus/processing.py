@@ -7,24 +7,27 @@ image placeholders, end-of-image.
 import functools
 import logging
 import os
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BatchFeature, PreTrainedTokenizerBase
 from transformers.processing_utils import ProcessorMixin
 
-from orthus.configuration import IGNORE_INDEX
+from orthus import remote_code
+from orthus.configuration import IGNORE_INDEX, OrthusConfig
 from orthus.data.schema import Segment, Turn
-from orthus.image_processing import OrthusImageProcessor
+from orthus.image_processing import OrthusImageProcessor, latents_of, remember_latents
 from orthus.prompts import as_batch, as_rows, chat_turns, interleave, user_turn
-from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOKEN, build_tokenizer
+from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOKEN, build_tokenizer, split_up
 
 __all__ = ["OrthusProcessor", "Rendered", "build_processor", "build_tokenizer"]
 
 CACHED_TEXTS = 1 << 15
+SMALL_GUIDANCE = 2.0  # of our own small models; the published weights want more
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +57,8 @@ class OrthusProcessor(ProcessorMixin):
     """Text and pictures -> model inputs, and generated ids and pixels -> text and pictures.
 
     Token names default to the published ones; `build_processor` uses those of our own tokenizers. Guidance pushes away
-    from `unconditional_prompt`. Raises `ValueError` for a token that the tokenizer lacks.
+    from `unconditional_prompt` with weight `guidance`, or from `interleaved_prompt` with `interleaved_guidance`. Raises
+    `ValueError` for a token that the tokenizer lacks.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class OrthusProcessor(ProcessorMixin):
         eoi_token: str = "<eoss>",
         separator_token: str = "<reserved08706>",
         unconditional_prompt: str = "Generate an image.",
+        interleaved_prompt: str = "generate images",
+        guidance: float = 5.0,
+        interleaved_guidance: float = 3.0,
     ) -> None:
         super().__init__(image_processor, tokenizer)
         if not isinstance(image_processor, OrthusImageProcessor):
@@ -74,16 +81,19 @@ class OrthusProcessor(ProcessorMixin):
         if not isinstance(num_image_tokens, int) or num_image_tokens < 1:
             raise ValueError(f"num_image_tokens = {num_image_tokens!r}; pass the latents per image, e.g. 1024")
         tokenizer.padding_side = "left"
+        self._identity = uuid.uuid4().hex  # pictures of another model's processor bring no latents
         self.num_image_tokens = num_image_tokens
         self.image_token, self.boi_token, self.eoi_token = image_token, boi_token, eoi_token
         self.separator_token, self.unconditional_prompt = separator_token, unconditional_prompt
+        self.interleaved_prompt, self.guidance, self.interleaved_guidance = interleaved_prompt, guidance, interleaved_guidance
         self.image_token_id = _token_id(tokenizer, image_token, "image_token")
         self.boi_token_id = _token_id(tokenizer, boi_token, "boi_token")
         self.eoi_token_id = _token_id(tokenizer, eoi_token, "eoi_token")
         self.separator_token_id = _token_id(tokenizer, separator_token, "separator_token")
         self.bos_token_id = _token_id(tokenizer, tokenizer.bos_token or "<s>", "bos_token")
         self.pad_token_id = _token_id(tokenizer, tokenizer.pad_token or "<pad>", "pad_token")
-        added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+        # Runs of blanks, which Gemma adds as tokens and spells with U+2581, are text.
+        added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.replace("\u2581", " ").strip()}
         named = {self.image_token_id, self.boi_token_id, self.eoi_token_id, self.separator_token_id}
         named |= {self.bos_token_id, self.pad_token_id, *tokenizer.all_special_ids}
         self._control_ids = frozenset(added | named)
@@ -110,6 +120,16 @@ class OrthusProcessor(ProcessorMixin):
             raise ValueError(f"{type(tokenizer).__name__} loses spaces; set tokenizer_class in tokenizer_config.json")
         return cls(image_processor, tokenizer, **settings)
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoProcessor") -> None:
+        """From now on, what is saved holds our code too; see `remote_code.register`."""
+        remote_code.register(cls, auto_class)
+
+    def to_json_file(self, json_file_path: str | os.PathLike) -> None:
+        """As in `transformers`, and next to `processor_config.json` the code if it is registered; see `remote_code.follow`."""
+        super().to_json_file(json_file_path)
+        remote_code.follow(json_file_path)
+
     # Segments -> tensors
 
     def encode_text(self, text: str) -> tuple[int, ...]:
@@ -122,7 +142,7 @@ class OrthusProcessor(ProcessorMixin):
             return ids
         # The tokenizer has a control token that it does not mark as special: spell it letter by letter.
         names = [self.tokenizer.convert_ids_to_tokens(token_id) for token_id in self._control_ids.intersection(ids)]
-        ids = tuple(token_id for piece in _split_up(text, names) for token_id in _encode(self.tokenizer, piece))
+        ids = tuple(token_id for piece in split_up(text, names) for token_id in _encode(self.tokenizer, piece))
         if not self._control_ids.isdisjoint(ids):
             raise ValueError(f"text {text!r} contains characters that are control tokens: {names}; leave them out")
         return ids
@@ -172,10 +192,22 @@ class OrthusProcessor(ProcessorMixin):
         rows = [[self.pad_token_id] * (width - len(row.input_ids)) + row.input_ids for row in rendered]
         masks = [[0] * (width - length) + [1] * length for length in lengths]
         data = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
-        images = [image for row in rendered for image in row.images]
-        if images:
-            data["pixel_values"] = self.image_processor.pixel_values(images)
-        return BatchFeature(data)
+        return BatchFeature(data | self._pictures([image for row in rendered for image in row.images]))
+
+    def _pictures(self, images: Sequence[Image.Image]) -> dict[str, torch.Tensor]:
+        """`pixel_values` of pictures from outside, `image_latents` of generated ones; NaN there marks those given as pixels."""
+        known = [latents_of(image, self._identity) for image in images]
+        outside = [image for image, latents in zip(images, known, strict=True) if latents is None]
+        data = {"pixel_values": self.image_processor.pixel_values(outside)} if outside else {}
+        example = next((latents for latents in known if latents is not None), None)
+        if example is not None:
+            unknown = torch.full_like(example, torch.nan)
+            data["image_latents"] = torch.stack([unknown if latents is None else latents for latents in known])
+        return data
+
+    def is_control(self, token_id: int) -> bool:
+        """Whether a token is not text: special tokens, image codes."""
+        return token_id in self._control_ids
 
     def __call__(  # type: ignore[override]
         self,
@@ -242,17 +274,23 @@ class OrthusProcessor(ProcessorMixin):
             rows.append(kept if keep_images else [self.unconditional_prompt if prompt is None else prompt])
         return self._batch([self.render([user_turn(row)], add_generation_prompt=True) for row in rows])
 
-    @property
-    def unconditional_ids(self) -> torch.Tensor:
-        """`(1, P)`: the unconditional prompt, for `generate(negative_input_ids=...)` with any number of rows."""
-        turn = user_turn([self.unconditional_prompt])
-        return torch.tensor([self.render([turn], add_generation_prompt=True).input_ids])
-
     def guidance_streams(
-        self, turns: Any, guidance: float, image_guidance: float | None = None, text_guidance: float = 1.0
+        self,
+        turns: Any,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        text_guidance: float = 1.0,
+        interleaved: bool = False,
     ) -> dict[str, Any]:
-        """The arguments of `generate` for guidance: two streams, or three with `image_guidance` (every row has a picture)."""
-        streams: dict[str, Any] = {"guidance": guidance, "negative_input_ids": self.unconditional_ids}
+        """The arguments of `generate` for guidance: two streams, or three with `image_guidance` (every row has a picture).
+
+        guidance: None for the processor's own, which is the published one unless the checkpoint says otherwise.
+        interleaved: push away from `interleaved_prompt`, for text in which pictures appear.
+        """
+        default = self.interleaved_guidance if interleaved else self.guidance
+        prompt = self.interleaved_prompt if interleaved else self.unconditional_prompt
+        streams: dict[str, Any] = {"guidance": default if guidance is None else guidance}
+        streams["negative_input_ids"] = self._batch([self.render([user_turn([prompt])], True)])["input_ids"]
         if text_guidance != 1.0:
             streams["text_guidance"] = text_guidance
         if image_guidance is not None:
@@ -267,20 +305,26 @@ class OrthusProcessor(ProcessorMixin):
     def decode_segments(self, output: Any) -> list[list[Segment]]:
         """Generated `sequences (B, T)` and per row `pixel_values (num_images, 3, H, W)` or None -> segments.
 
-        `sequences` are without the prompt. Text is stripped, empty text dropped; a row ends at its separator. A picture
-        that was cut short is dropped with a warning.
+        `sequences` are without the prompt. Pictures remember the latents that they were decoded from, and the processor passes
+        these on where such a picture, unchanged, is part of a prompt: nothing is encoded again. Text is stripped, empty text
+        dropped; a row ends at its separator. A picture that was cut short is dropped with a warning.
         Raises `ValueError` if a row has more or fewer pictures in one than in the other.
         """
         pixels = getattr(output, "pixel_values", None)
+        latents = getattr(output, "image_latents", None) or [()] * len(output.sequences)
         pixels = [None] * len(output.sequences) if pixels is None else pixels
         if len(pixels) != len(output.sequences):
             raise ValueError(f"{len(output.sequences)} sequences but {len(pixels)} pixel_values; pass one each")
         rows = [[int(token_id) for token_id in row] for row in output.sequences]
-        return [self._decode_row(row, entry) for row, entry in zip(rows, pixels, strict=True)]
+        return [self._decode_row(*entries) for entries in zip(rows, pixels, latents, strict=True)]
 
-    def _decode_row(self, ids: list[int], pixel_values: torch.Tensor | None) -> list[Segment]:
+    def _decode_row(
+        self, ids: list[int], pixel_values: torch.Tensor | None, latents: torch.Tensor | Sequence[torch.Tensor]
+    ) -> list[Segment]:
         has_pixels = pixel_values is not None and len(pixel_values) > 0
         pictures = self.image_processor.postprocess(pixel_values) if has_pixels else []
+        for picture, latent in zip(pictures, latents, strict=False):
+            remember_latents(picture, latent, self._identity)
         chunks, num_cut = self._chunks(ids)
         found = sum(chunk is None for chunk in chunks)
         if num_cut:
@@ -316,7 +360,8 @@ class OrthusProcessor(ProcessorMixin):
         return chunks, num_cut
 
 
-_SETTINGS = ("num_image_tokens", "image_token", "boi_token", "eoi_token", "separator_token", "unconditional_prompt")
+_SETTINGS = ("num_image_tokens", "image_token", "boi_token", "eoi_token", "separator_token", "unconditional_prompt",
+             "interleaved_prompt", "guidance", "interleaved_guidance")  # fmt: skip
 
 
 def build_processor(
@@ -332,17 +377,12 @@ def build_processor(
         eoi_token=EOI_TOKEN,
         separator_token=SEPARATOR_TOKEN,
         unconditional_prompt=unconditional_prompt,
+        interleaved_prompt=unconditional_prompt,
+        guidance=SMALL_GUIDANCE,
+        interleaved_guidance=SMALL_GUIDANCE,
     )
 
 
-def _split_up(text: str, names: list[str]) -> list[str]:
-    """Cuts `text` so that every occurrence of a name falls apart into single characters."""
-    pieces = [text]
-    for name in names:
-        pieces = [part for piece in pieces for part in _around(piece, name)]
-    return pieces
-
-
-def _around(text: str, name: str) -> list[str]:
-    first, *others = text.split(name)
-    return [part for part in [first, *(part for other in others for part in [*name, other])] if part]
+_backends: dict[str, type] = dict.fromkeys(("pil", "torchvision"), OrthusImageProcessor)  # whichever is asked for
+AutoImageProcessor.register(OrthusConfig, image_processor_classes=_backends, exist_ok=True)
+AutoProcessor.register(OrthusConfig, OrthusProcessor, exist_ok=True)

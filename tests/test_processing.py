@@ -266,6 +266,24 @@ def test_unconditional_streams(processor: OrthusProcessor) -> None:
 # Back to segments
 
 
+def test_guidance_follows_the_checkpoint(processor: OrthusProcessor, tmp_path: Path) -> None:
+    """The published prompts and weights for published files, our own for what we build; what the caller says wins."""
+    save_published(tmp_path)
+    published = OrthusProcessor.from_pretrained(tmp_path)
+
+    def stream(one: OrthusProcessor, **options) -> tuple[float, str]:
+        streams = one.guidance_streams([], **options)
+        return streams["guidance"], one.tokenizer.decode(streams["negative_input_ids"][0], skip_special_tokens=True).strip()
+
+    assert stream(published)[0] == 5.0 and stream(published)[1].startswith("Generate an image.")
+    assert stream(published, interleaved=True)[0] == 3.0 and stream(published, interleaved=True)[1].startswith("generate images")
+    assert stream(processor) == stream(processor, interleaved=True) == (2.0, "Generate an image.")
+    assert stream(published, guidance=1.5)[0] == 1.5
+    changed = OrthusProcessor.from_pretrained(tmp_path, guidance=7.0)
+    changed.save_pretrained(tmp_path / "saved")
+    assert stream(OrthusProcessor.from_pretrained(tmp_path / "saved"))[0] == 7.0
+
+
 def test_segments_survive_the_round_trip(processor: OrthusProcessor) -> None:
     image = picture(6)
     rows = [["red circle", image, "blue star"], [image, image], ["yes"]]

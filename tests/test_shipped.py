@@ -16,6 +16,7 @@ from train.pretrain import BaseStage
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "orthus-small"
 STAGES = {"autoencoder": AutoencoderStage, "language": BaseStage, "base": PostStage, "posttrain": PostStage}
+STAGES |= {"from_language_model": PostStage}
 needs_checkpoint = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="no shipped checkpoint yet")
 
 

@@ -8,24 +8,30 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("orthus", "train", "eval", "demo") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-MAX_TRAINING_FILES, MAX_TRAINING_LINES = 27, 4700  # without the inside of the small world, which is one of many data sets
+# Without the inside of the small world, which is one of many data sets. Raised when LoRA, foreign backbones, streaming and
+# self-contained folders came: modeling.py imports what they hook into, a batch passes none of them.
+MAX_TRAINING_FILES, MAX_TRAINING_LINES = 29, 5500
 # Top of the list may import what is below it, never above.
 LAYERS = [
     ("demo", "eval", "train"),
     ("orthus.training.stages",),
     ("orthus.training",),
-    ("orthus.building",),
+    ("orthus.base_model",),
+    ("orthus.building", "orthus.backbones"),
     ("orthus.data.packing", "orthus.data.pictures"),
+    ("orthus.streaming",),
     ("orthus.processing",),
     ("orthus.prompts",),
     ("orthus.data", "orthus.image_processing", "orthus.tokenization"),
     ("orthus.modeling",),
+    ("orthus.autoencoder_loading",),
     ("orthus.loading",),
-    ("orthus.generation",),
+    ("orthus.generation", "orthus.adapters"),
     ("orthus.decoding",),
-    ("orthus.diffusion_head", "orthus.soft_vq", "orthus.autoencoder"),
+    ("orthus.foreign_autoencoders",),
+    ("orthus.diffusion_head", "orthus.soft_vq", "orthus.autoencoder", "orthus.text_head"),
     ("orthus.diffusion", "orthus.configuration"),
-    ("orthus.conversion",),
+    ("orthus.conversion", "orthus.remote_code"),
 ]
 
 

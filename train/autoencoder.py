@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 
-from orthus.autoencoder import PatchAutoencoder, PatchAutoencoderConfig
+from orthus.autoencoder import Autoencoder, CalibratedAutoencoder, PatchAutoencoder, PatchAutoencoderConfig
+from orthus.autoencoder_loading import load_autoencoder
 from orthus.configuration import as_config
 from orthus.data.pictures import PictureLoader
 from orthus.data.world.scene import WorldConfig
@@ -17,6 +18,7 @@ from orthus.image_processing import OrthusImageProcessor
 from orthus.training.checkpoint import save_model
 from orthus.training.distributed import joined
 from orthus.training.fit import fit
+from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings
 
 CALIBRATION_BATCHES = 4
@@ -24,10 +26,13 @@ CALIBRATION_BATCHES = 4
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderStage:
-    """`model`: fields of [`PatchAutoencoderConfig`]. Calibration scenes hold `calibration_objects`, as typical pictures do."""
+    """`model`: fields of [`PatchAutoencoderConfig`] or, given `start`, options of [`load_autoencoder`].
+    Calibration scenes hold `calibration_objects`, as typical pictures do."""
 
     run: RunSettings
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    start: str = ""  # folder or hub name of any autoencoder to go on from; "": a new PatchAutoencoder
+    frozen: tuple[str, ...] = ()  # parts that do not train, such as encoder
     world: WorldConfig = WorldConfig()
     optim: OptimSettings = OptimSettings()
     batch_size: int = 128
@@ -38,25 +43,38 @@ class AutoencoderStage:
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(AutoencoderStage, argv[0], argv[1:])
     torch.manual_seed(stage.run.seed)
-    fields = {**stage.model, "image_size": stage.world.image_size}
-    model = PatchAutoencoder(cast(PatchAutoencoderConfig, as_config("model", fields, PatchAutoencoderConfig.model_type)))
+    model = first_model(stage)
+    freeze(model, stage.frozen)
     processor = OrthusImageProcessor(size=stage.world.image_size)
     with joined(stage.run.device) as (rank, world_size):
         loader = PictureLoader(stage.world, processor, stage.batch_size, stage.num_objects, "train", rank, world_size)
+        if stage.start:  # noise on the latents is in units of their standard deviation
+            cast(torch.nn.Module, model).to(stage.run.device)
+            calibrate(model, stage, processor)
         fit(model, loader, stage.run, stage.optim)
         if rank == 0:
-            calibrate(stage, processor)
+            final = Path(stage.run.output_dir) / "final"
+            trained = load_autoencoder(final)
+            if calibrate(trained, stage, processor):
+                save_model(trained, {}, final)
 
 
-def calibrate(stage: AutoencoderStage, processor: OrthusImageProcessor) -> None:
-    """Give the latents of typical scenes zero mean and unit variance, once."""
-    final = Path(stage.run.output_dir) / "final"
-    model = PatchAutoencoder.from_pretrained(final)
-    if bool((model.latent_std != 1).any()):
-        return
+def first_model(stage: AutoencoderStage) -> Autoencoder:
+    """The autoencoder before the first step, in fp32."""
+    size = stage.world.image_size
+    if stage.start:
+        return load_autoencoder(stage.start, size, dtype=torch.float32, **stage.model)
+    fields = {**stage.model, "image_size": size}
+    return PatchAutoencoder(cast(PatchAutoencoderConfig, as_config("model", fields, PatchAutoencoderConfig.model_type)))
+
+
+def calibrate(model: Autoencoder, stage: AutoencoderStage, processor: OrthusImageProcessor) -> bool:
+    """Give the latents of typical scenes zero mean and unit variance, once; whether it was needed."""
+    if not isinstance(model, CalibratedAutoencoder) or bool((model.latent_std != 1).any()):
+        return False
     loader = PictureLoader(stage.world, processor, stage.batch_size, stage.calibration_objects)
     model.calibrate(torch.cat([batch["pixel_values"] for batch in islice(loader, CALIBRATION_BATCHES)]))
-    save_model(model, {}, final)
+    return True
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
-from orthus.training.stages import DataSettings, SampleSettings, run_stage
+from orthus.training.stages import DataSettings, LoraSettings, SampleSettings, load_model, run_stage
 
 
 @dataclass(frozen=True)
 class PostStage:
-    """`model`: folder of the model to start from."""
+    """`model`: folder of the model to start from. `lora`: train adapters on its backbone; `final` then holds the merged model."""
 
     run: RunSettings
     data: DataSettings
@@ -21,11 +20,16 @@ class PostStage:
     samples: SampleSettings = SampleSettings()
     frozen: tuple[str, ...] = ()
     attention: str = "sdpa"
+    lora: LoraSettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.lora is not None and "backbone" in self.frozen:
+            raise ValueError("frozen names backbone, where the adapters of lora train; leave one of the two out")
 
 
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(PostStage, argv[0], argv[1:])
-    model = OrthusForConditionalGeneration.from_pretrained(stage.model)
+    model = load_model(stage.model, stage.lora, stage.run.seed)
     processor = OrthusProcessor.from_pretrained(stage.model)
     model.set_attn_implementation(stage.attention)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))

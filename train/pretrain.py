@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from orthus.autoencoder import PatchAutoencoder
+from orthus.autoencoder import Autoencoder
+from orthus.autoencoder_loading import load_autoencoder
 from orthus.building import build_orthus
 from orthus.data.pictures import PictureLoader
 from orthus.data.schema import Example
@@ -44,7 +45,7 @@ class BaseStage:
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(BaseStage, argv[0], argv[1:])
     torch.manual_seed(stage.run.seed)
-    autoencoder = PatchAutoencoder.from_pretrained(stage.autoencoder)
+    autoencoder = load_autoencoder(stage.autoencoder)
     processor = make_processor(stage, autoencoder)
     pictures = PictureLoader(stage.data.world, processor.image_processor, batch_size=64, num_objects=5)
     latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
 
 
-def make_processor(stage: BaseStage, autoencoder: PatchAutoencoder) -> OrthusProcessor:
+def make_processor(stage: BaseStage, autoencoder: Autoencoder) -> OrthusProcessor:
     """A processor whose tokenizer has seen the words of every task of the recipe, later stages included."""
     tasks = stage.tokenizer_tasks or stage.data.tasks
     dataset = WorldDataset("train", tasks, stage.data.world, captions=stage.data.captions, plans=stage.data.plans)

@@ -1,15 +1,17 @@
-"""Batches of world pictures for training an autoencoder."""
+"""Batches of pictures: of the small world, for training an autoencoder, and out of a folder, for measuring latents."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from orthus.data.world.render import render
 from orthus.data.world.sampling import sample_scene
 from orthus.data.world.scene import WorldConfig
-from orthus.image_processing import OrthusImageProcessor
+from orthus.image_processing import OrthusImageProcessor, load_image
 
 SPLITS = ("train", "validation")
 
@@ -48,3 +50,41 @@ class PictureLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next_batch = int(state["next_batch"])
+
+
+class FolderPictures:
+    """Batches `{"pixel_values": (N, 3, H, W)}` of at most `limit` pictures found in a folder and all folders below it.
+
+    Which ones, and their order, is drawn by `seed`. Files that cannot be read or used are left out: `num_unreadable` counts them,
+    `num_read` the others. Raises ValueError for no folder, and at the end of an iteration that found no picture.
+    """
+
+    def __init__(
+        self, folder: str | Path, processor: OrthusImageProcessor, limit: int, batch_size: int = 8, seed: int = 0
+    ) -> None:
+        if not Path(folder).is_dir():
+            raise ValueError(f"{folder} is no folder; give one with pictures")
+        self.folder, self.processor, self.limit, self.batch_size, self.seed = Path(folder), processor, limit, batch_size, seed
+        self.num_read = self.num_unreadable = 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        self.num_read = self.num_unreadable = 0
+        endings = Image.registered_extensions()
+        files = sorted(file for file in self.folder.rglob("*") if file.suffix.lower() in endings and file.is_file())
+        order = np.random.default_rng(self.seed).permutation(len(files))
+        batch: list[Image.Image] = []
+        for place in order:
+            if self.num_read == self.limit:
+                break
+            try:
+                batch.append(self.processor.prepare(load_image(files[place], self.processor.max_pixels)))
+                self.num_read += 1
+            except ValueError:
+                self.num_unreadable += 1
+            if len(batch) == self.batch_size:
+                yield {"pixel_values": self.processor.pixel_values(batch)}
+                batch = []
+        if batch:
+            yield {"pixel_values": self.processor.pixel_values(batch)}
+        if not self.num_read:
+            raise ValueError(f"{self.folder} holds no readable picture among {len(files)} picture files; give another folder")

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from orthus.adapters import is_quantized
 from orthus.training import settings as settings_file
 from orthus.training.optim import averaged
 
@@ -160,7 +161,12 @@ def save_model(model: nn.Module, ema: dict[str, Tensor], path: str | os.PathLike
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    """Name -> tensor; a quantised weight is there as its parts, which are plain tensors."""
+    tensors = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name in [name for name, value in tensors.items() if is_quantized(value)]:
+        weight: Any = tensors.pop(name)
+        tensors |= {f"{name}.{part}": getattr(weight, part) for part in weight.__tensor_flatten__()[0]}
+    return tensors
 
 
 def _optimized(state: TrainState) -> dict[str, tuple[Optimizer, nn.Parameter]]:

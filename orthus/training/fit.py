@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from orthus.adapters import is_quantized
 from orthus.training.checkpoint import (
     Loader,
     TrainState,
@@ -225,7 +226,8 @@ def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSetti
     model.to(run.device).train()
     if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
-            dist.broadcast(tensor.detach(), src=0)
+            if not is_quantized(tensor):  # those come from the same folder in every process and never change
+                dist.broadcast(tensor.detach(), src=0)
     state = TrainState(model, start_ema(model), build_optimizers(model, optim), loader)
     newest = latest(run.output_dir)
     if newest is not None:

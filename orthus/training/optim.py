@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,23 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from orthus.training.settings import OptimSettings
 
 HEAD_MATRIX_MAX_ASPECT = 2  # of the diffusion head Muon takes the MLPs, not the three times taller adaLN matrices
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Stop training the named children, dotted sub-modules or parameters.
+
+    Raises ValueError for a name that the model lacks, and for an LM head that shares its weights with token embeddings which are
+    to be trained.
+    """
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    if "lm_head" in parts and "lm_head.weight" not in parameters and "lm_head" in modules and "backbone" not in parts:
+        raise ValueError("cannot freeze lm_head alone: it is tied to the token embeddings; take it out of `frozen`")
+    for part in parts:
+        if part not in modules and part not in parameters:
+            children = ", ".join(dict(model.named_children()))
+            raise ValueError(f"cannot freeze {part!r}: the model has no such part; it has {children}")
+        chosen = modules[part] if part in modules else parameters[part]
+        chosen.requires_grad_(False)
 
 
 def build_optimizers(model: nn.Module, settings: OptimSettings) -> list[Optimizer]:

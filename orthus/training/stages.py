@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 from torchvision.utils import save_image
 
-from orthus.building import freeze
+from orthus.adapters import add_lora, quantization
 from orthus.data.dropping import ConditionDropping
 from orthus.data.packing import PackedLoader
 from orthus.data.schema import Turn
@@ -21,6 +21,7 @@ from orthus.processing import OrthusProcessor
 from orthus.training.distributed import joined
 from orthus.training.fit import fit
 from orthus.training.metrics import plot_curves
+from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings
 
 
@@ -45,6 +46,27 @@ class SampleSettings:
     prompts: tuple[str, ...] = ("a photo of a red circle", "a photo of three blue stars", "a photo of a heart above a square")
     guidance: float = 2.0
     num_diffusion_steps: int = 20
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Adapters that train in place of the backbone's weights; see [`add_lora`]. `quantize`: keep these as integers (QLoRA)."""
+
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    quantize: Literal["no", "int8", "int4"] = "no"
+
+
+def load_model(folder: str, lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
+    """The model to start a stage from, with new adapters if `lora` is given."""
+    if lora is None:
+        return OrthusForConditionalGeneration.from_pretrained(folder)
+    options = {} if lora.quantize == "no" else {"quantization_config": quantization(lora.quantize)}
+    model = OrthusForConditionalGeneration.from_pretrained(folder, **options)
+    torch.manual_seed(seed)
+    return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
 
 def run_stage(

@@ -1,0 +1,174 @@
+"""What `generate` takes over from `transformers`: its text loop, its options, its caches; and what the two loops share."""
+
+import pytest
+import torch
+from conftest import tiny_model
+from test_generation import IMG, LATENTS, PROMPTS, SEP, eager_to_draw, left_padded
+from transformers import (
+    GenerationMixin,
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+)
+
+from orthus.decoding import RandomChoice
+from orthus.generation import OrthusGenerateOutput
+
+
+class Recorder:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.puts: list[list[int]] = []
+        self.latents: list[tuple[int, torch.Tensor]] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.puts.append(value.tolist())
+
+    def put_latents(self, rows: list[int], latents: torch.Tensor) -> None:
+        self.latents += zip(rows, latents, strict=True)
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+class StopAfter:
+    """A stopping criterion: a row ends when it has so many ids."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: object, **options: object) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length)
+
+
+def text(model, ids, mask, **options) -> OrthusGenerateOutput:
+    return model.generate(ids, mask, image_latents=LATENTS, modality="text", max_new_tokens=9, **options)
+
+
+def in_our_loop(model, ids, mask, **options) -> OrthusGenerateOutput:
+    """The same text from the loop that may also draw, with drawing forbidden."""
+    return model.generate(ids, mask, image_latents=LATENTS, modality="interleaved", max_images=0, max_new_tokens=9, **options)
+
+
+@pytest.mark.parametrize("sampled", [{}, {"do_sample": True, "temperature": 0.7, "top_k": 30, "top_p": 0.9, "min_p": 0.01}])
+def test_both_loops_write_the_same(sampled: dict) -> None:
+    model = tiny_model()
+    ids, mask = left_padded(PROMPTS)
+
+    def seeds() -> dict:
+        return {"generator": [torch.Generator().manual_seed(row) for row in range(3)]} if sampled else {}
+
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.7), NoBadWordsLogitsProcessor([[20], [21, 22]])])
+    for extra in ({}, {"logits_processor": processors}, {"stopping_criteria": StoppingCriteriaList([StopAfter(17)])}):
+        one, other = (loop(model, ids, mask, **sampled, **seeds(), **extra) for loop in (text, in_our_loop))
+        assert one.sequences.tolist() == other.sequences.tolist()
+        assert [len(latents) for latents in one.image_latents] == [0, 0, 0]
+    assert one.sequences.shape[1] == 17 - ids.shape[1]
+
+
+def test_text_of_a_row_with_its_own_generator_does_not_depend_on_the_batch() -> None:
+    model = tiny_model()
+    ids, mask = left_padded(PROMPTS)
+    seeds = [torch.Generator().manual_seed(row) for row in range(3)]
+    together = text(model, ids, mask, do_sample=True, generator=seeds).sequences
+    alone = model.generate(torch.tensor([PROMPTS[2]]), modality="text", max_new_tokens=9, do_sample=True,
+                           generator=[torch.Generator().manual_seed(2)]).sequences  # fmt: skip
+    assert together[2, : alone.shape[1]].tolist() == alone[0].tolist()
+    assert together.tolist() != text(model, ids, mask).sequences.tolist()
+
+
+def test_random_choice_draws_from_the_softmax() -> None:
+    scores = torch.tensor([[0.0, 1.0, -torch.inf, 2.0]]).expand(20_000, -1)
+    drawn = RandomChoice(torch.Generator().manual_seed(0))(torch.empty(0), scores).argmax(-1)
+    frequency = torch.bincount(drawn, minlength=4) / len(drawn)
+    torch.testing.assert_close(frequency, scores[0].softmax(-1), atol=0.012, rtol=0)  # three standard errors
+    assert frequency[2] == 0
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_static_cache_writes_what_a_dynamic_one_writes(cache: str) -> None:
+    model = tiny_model()
+    ids, mask = left_padded(PROMPTS)
+    expected = text(model, ids, mask).sequences.tolist()
+    options = {} if cache == "dynamic" else {"disable_compile": True}
+    assert text(model, ids, mask, cache_implementation=cache, **options).sequences.tolist() == expected
+    assert text(model, ids, mask, use_cache=False).sequences.tolist() == expected
+
+
+def test_beams_keep_the_pictures_of_their_row() -> None:
+    model = tiny_model()
+    rows = [PROMPTS[1], PROMPTS[0], [*PROMPTS[1][:-1], *PROMPTS[1][4:]]]
+    latents = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(1))
+    ids, mask = left_padded(rows)
+    options = {"modality": "text", "max_new_tokens": 5, "num_beams": 3}
+    together = model.generate(ids, mask, image_latents=latents, **options).sequences
+    for row, given in ((0, latents[:1]), (2, latents[1:])):
+        alone = model.generate(torch.tensor([rows[row]]), image_latents=given, **options).sequences[0].tolist()
+        assert together[row, : len(alone)].tolist() == alone
+
+
+def test_the_loop_of_transformers_runs_on_its_own() -> None:
+    model = tiny_model()
+    ids = torch.tensor([PROMPTS[1]])
+    output = GenerationMixin.generate(model, ids, image_latents=LATENTS, max_new_tokens=4, do_sample=False)
+    assert output.shape[0] == 1 and output[0, : ids.shape[1]].tolist() == PROMPTS[1]
+    assert model.generation_config.eos_token_id == [SEP, 2]
+
+
+def test_several_continuations_of_each_prompt() -> None:
+    model = eager_to_draw(tiny_model(), 3.0)
+    ids, mask = left_padded(PROMPTS)
+    noise = torch.randn(6, 1, 4, 3)
+    negative = torch.tensor([[0, 20, SEP], [0, 21, SEP], [0, 22, SEP]])
+    options = {"modality": "image", "guidance": 2.0}
+    output = model.generate(
+        ids, mask, image_latents=LATENTS, noise=noise, num_return_sequences=2, negative_input_ids=negative, **options
+    )
+    assert len(output.image_latents) == 6
+    for row in range(6):
+        prompt, given = PROMPTS[row // 2], LATENTS if IMG in PROMPTS[row // 2] else None
+        alone = model.generate(torch.tensor([prompt]), image_latents=given, noise=noise[row : row + 1],
+                               negative_input_ids=negative[row // 2 : row // 2 + 1], **options)  # fmt: skip
+        torch.testing.assert_close(output.image_latents[row], alone.image_latents[0], atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("modality", ["text", "image", "interleaved"])
+def test_a_streamer_hears_everything_in_order(modality: str) -> None:
+    model, recorder = eager_to_draw(tiny_model(), 3.0), Recorder()
+    ids, mask = left_padded(PROMPTS)
+    options = {"max_new_tokens": 24, "max_images": 2} if modality == "interleaved" else {}
+    output = model.generate(ids, mask, image_latents=LATENTS, modality=modality, streamer=recorder, **options)
+    assert recorder.has_ended and recorder.puts[0] == ids.tolist()
+    heard = torch.tensor(recorder.puts[1:]).T
+    assert heard.tolist() == output.sequences.tolist()
+    for row, latents in enumerate(output.image_latents):
+        told = [latent for index, latent in recorder.latents if index == row]
+        assert len(told) == 4 * len(latents)
+        if told:
+            assert torch.equal(torch.stack(told), latents.flatten(0, 1))
+
+
+def test_pixels_stand_for_latents_that_are_unknown() -> None:
+    model = tiny_model()
+    ids, mask = left_padded([PROMPTS[1], PROMPTS[1]])
+    pixels = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    known = torch.cat([torch.full((1, 4, 3), torch.nan), LATENTS])
+    whole = torch.cat([model.get_image_latents(pixels), LATENTS])
+    torch.testing.assert_close(model(ids, mask, pixels, known).logits, model(ids, mask, image_latents=whole).logits)
+    with pytest.raises(ValueError, match="2 pictures but 1 of 2"):
+        model(ids, mask, pixels.repeat(2, 1, 1, 1), known)
+
+
+def test_refusals() -> None:
+    model, ids = tiny_model(), torch.tensor([PROMPTS[0]])
+    with pytest.raises(ValueError, match=r"num_beams.*modality='text'"):
+        model.generate(ids, modality="interleaved", num_beams=2)
+    with pytest.raises(ValueError, match="num_beams=2.*do_sample"):
+        model.generate(ids, modality="text", num_beams=2, do_sample=True)
+    with pytest.raises(ValueError, match="num_return_sequences=0"):
+        model.generate(ids, num_return_sequences=0)
+    with pytest.raises(ValueError, match="temprature"):
+        model.generate(ids, modality="text", temprature=0.5)
