@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 PROMPT ?=
 OUT ?= runs/sample
 export TOKENIZERS_PARALLELISM = false
+export TORCH_LOGS = -torch.utils._pytree  # torchao, which transformers imports if it is there, makes torch warn at every start
 
 .PHONY: sample test lint speedrun eval clean
 

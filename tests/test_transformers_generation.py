@@ -12,8 +12,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from orthus import OrthusForConditionalGeneration, OrthusProcessor
 from orthus.decoding import RandomChoice
 from orthus.generation import OrthusGenerateOutput
+from orthus.image_processing import load_image
 
 
 class Recorder:
@@ -172,3 +174,16 @@ def test_refusals() -> None:
         model.generate(ids, num_return_sequences=0)
     with pytest.raises(ValueError, match="temprature"):
         model.generate(ids, modality="text", temprature=0.5)
+
+
+def test_a_quantised_cache_answers_the_same() -> None:
+    pytest.importorskip("optimum.quanto", reason="pip install optimum-quanto")
+    model = OrthusForConditionalGeneration.from_pretrained("checkpoints/orthus-small").eval()
+    processor = OrthusProcessor.from_pretrained("checkpoints/orthus-small")
+    questions = ["Is there a red circle in the picture?", "Describe the picture."]
+    picture = load_image("demo/example.png")
+    inputs = processor(segments=[[picture, question] for question in questions])
+    plain = model.generate(**inputs, modality="text", max_new_tokens=96)
+    settings = {"backend": "quanto", "nbits": 4, "q_group_size": 32, "residual_length": 8}
+    stored = model.generate(**inputs, modality="text", max_new_tokens=96, cache_implementation="quantized", cache_config=settings)
+    assert processor.decode_segments(stored) == processor.decode_segments(plain)
