@@ -90,7 +90,11 @@ def _read_config(name: str, reading: dict[str, Any]) -> dict[str, Any]:
             hint = "it is a diffusers pipeline: pass subfolder='vae'; " if (folder / "model_index.json").is_file() else ""
             raise ValueError(f"{folder} has no config.json; {hint}load_autoencoder takes {ACCEPTED}")
         loading.refuse_pickles(name, reading.get("subfolder", ""))
-    return PreTrainedConfig.get_config_dict(name, **_place(reading))[0]
+    try:
+        return PreTrainedConfig.get_config_dict(name, **_place(reading))[0]
+    except OSError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"cannot find an autoencoder at {name!r}: {reason} | Give a folder or hub name of {ACCEPTED}") from error
 
 
 def _loader_of(name: str, found: dict[str, Any]) -> Any:

@@ -145,8 +145,9 @@ def measure_latents(autoencoder: Autoencoder, batches: Iterable[Mapping[str, Ten
         raise ValueError(f"{len(latents)} pictures give a constant latent channel; give more and varied ones")
     if not isinstance(autoencoder, CalibratedAutoencoder):
         return latents
-    autoencoder.latent_mean += autoencoder.latent_std * mean.to(autoencoder.latent_mean)
-    autoencoder.latent_std *= std.to(autoencoder.latent_std)
+    # New tensors: a model that was built from this autoencoder before shares the old ones.
+    autoencoder.latent_mean = autoencoder.latent_mean + autoencoder.latent_std * mean.to(autoencoder.latent_mean)
+    autoencoder.latent_std = autoencoder.latent_std * std.to(autoencoder.latent_std)
     return (latents - mean) / std
 
 

@@ -149,32 +149,35 @@ class DecodingLoop:
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
         """Extend each row by one token or latent; embeddings `(R, 1, D)` and positions `(R, 1)` to feed, None at the end."""
         config, model = self.model.config, self.model
-        next_ids = torch.full((self.num_rows,), config.pad_token_id, device=hidden.device)
+        next_ids = [config.pad_token_id] * self.num_rows
         before = [len(row.tokens) for row in self.rows]
-        self._write_text(hidden, next_ids)
+        scores = self._write_text(hidden, next_ids)
         drawing = [i for i, row in enumerate(self.rows) if row.mode == IMAGE and self._draws_latent(row, next_ids, i)]
         latents = self._draw(hidden[:, drawing], drawing) if drawing else None
+        places = [len(self.rows[i].images[-1]) - 1 for i in drawing]
         for index in drawing:
             self.rows[index].tokens.append(config.image_token_id)
             self._finish_if_last_image(self.rows[index])
         if self.writing.streamer is not None:
             self._stream(before, drawing, latents)
+        self._stop(scores)
         active = [row.mode != FINISHED for row in self.rows]
         if not any(active):
             return None
-        embeddings = model.get_input_embeddings()(next_ids).unsqueeze(1)
+        embeddings = model.get_input_embeddings()(torch.tensor(next_ids, device=hidden.device)).unsqueeze(1)
         if latents is not None:
-            first = torch.tensor([len(self.rows[i].images[-1]) - 1 for i in drawing], device=hidden.device)
+            first = torch.tensor(places, device=hidden.device)
             embedded = model.latent_embedding(latents.unsqueeze(1), model.code_embeddings(), first)
             embeddings[drawing] = embedded.to(embeddings.dtype)
-        return self._feed(embeddings, active, next_ids)
+        return self._feed(embeddings, active)
 
-    def _write_text(self, hidden: Tensor, next_ids: Tensor) -> None:
-        """One token for each row in text mode, from hidden states `(streams, B, D)`: forced, greedy or sampled."""
+    def _write_text(self, hidden: Tensor, next_ids: list[int]) -> Tensor | None:
+        """One token for each row in text mode, from hidden states `(streams, B, D)`: forced, greedy or sampled. Returns the
+        scores `(B, V)` of a position at which something was written freely."""
         config = self.model.config
         writing = [i for i, row in enumerate(self.rows) if row.mode == TEXT]
         if not writing:
-            return
+            return None
         scores = None
         if self.limits.modality == "image":
             chosen = [config.boi_token_id] * len(writing)
@@ -184,6 +187,7 @@ class DecodingLoop:
             for index, row_scores in zip(writing, scores, strict=True):
                 if not self._may_draw(self.rows[index]):
                     row_scores[config.boi_token_id] = -torch.inf
+            scores = self._processed(scores, writing)
             chosen = self._pick(scores, writing)
         ends = (config.separator_token_id, config.eos_token_id)
         for index, token in zip(writing, chosen, strict=True):
@@ -199,8 +203,7 @@ class DecodingLoop:
                 self._restart_streams(index)
             elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
                 row.mode = FINISHED
-        if scores is not None:
-            self._stop(writing, scores)
+        return scores
 
     def _logits(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Scores of the next token `(len(rows), V)`, guided in rows without an image (arXiv 2306.17806, section 3)."""
@@ -215,32 +218,35 @@ class DecodingLoop:
     def _guides_text(self, row: Row) -> bool:
         return self.writing.guidance != 1.0 and row.mode == TEXT and not row.images
 
+    def _processed(self, scores: Tensor, rows: list[int]) -> Tensor:
+        """Scores `(B, V)` from those of `rows`. Processors see every row at its place in the batch, zeros for the others."""
+        full = scores.new_zeros(self.num_rows, scores.shape[-1])
+        full[rows] = scores
+        return self.writing.processors(cast(Any, self._history()), cast(Any, full)) if self.writing.processors else full
+
     def _pick(self, scores: Tensor, rows: list[int]) -> list[int]:
-        """The next token of each of `rows`, by processed scores `(len(rows), V)`."""
-        writing = self.writing
-        if writing.processors:
-            scores = writing.processors(cast(Any, self._history(rows)), cast(Any, scores))
-        if writing.choice is not None:
-            scores = writing.choice.choose(scores, rows)
-        return scores.argmax(-1).tolist()
+        """The next token of each of `rows`, by processed scores `(B, V)`."""
+        chosen, choice = scores[rows], self.writing.choice
+        return (chosen if choice is None else choice.choose(chosen, rows)).argmax(-1).tolist()
 
-    def _history(self, rows: list[int]) -> Tensor:
-        """Ids `(len(rows), T)` of the prompts and of all that was written, padded on the left."""
-        pad = self.model.config.pad_token_id
-        width = max(len(self.rows[i].tokens) for i in rows)
-        written = [torch.tensor(self.rows[i].tokens, dtype=torch.long, device=self.prompt_ids.device) for i in rows]
-        full = [torch.cat([self.prompt_ids[i], ids]) for i, ids in zip(rows, written, strict=True)]
-        return torch.cat([_pad_left(ids.unsqueeze(0), self.prompt_ids.shape[1] + width, pad) for ids in full])
+    def _history(self) -> Tensor:
+        """Ids `(B, T)` of the prompts and of all that was written, padded on the left."""
+        pad, width = self.model.config.pad_token_id, max(len(row.tokens) for row in self.rows)
+        prompts = self.prompt_ids[: self.num_rows]
+        written = [torch.tensor(row.tokens, dtype=torch.long, device=prompts.device) for row in self.rows]
+        full = [torch.cat([prompt, ids]) for prompt, ids in zip(prompts, written, strict=True)]
+        return torch.cat([_pad_left(ids.unsqueeze(0), prompts.shape[1] + width, pad) for ids in full])
 
-    def _stop(self, rows: list[int], scores: Tensor) -> None:
-        """End the rows at which a stopping criterion asks for it."""
-        writing = [i for i in rows if self.rows[i].mode == TEXT]
-        if writing and self.writing.stopping_criteria:
-            kept = [rows.index(i) for i in writing]
-            is_done = self.writing.stopping_criteria(cast(Any, self._history(writing)), cast(Any, scores[kept]))
-            for index, done in zip(writing, cast(Tensor, is_done).tolist(), strict=True):
-                if done:
-                    self.rows[index].mode = FINISHED
+    def _stop(self, scores: Tensor | None) -> None:
+        """End the rows at which a stopping criterion asks for it; a picture that is not whole by then is dropped."""
+        if not self.writing.stopping_criteria:
+            return
+        is_done = self.writing.stopping_criteria(cast(Any, self._history()), cast(Any, scores))
+        for row, done in zip(self.rows, cast(Tensor, is_done).tolist(), strict=True):
+            if done and row.mode != FINISHED:
+                if row.mode == IMAGE and len(row.images[-1]) < self.model.config.num_latents:
+                    row.images.pop()
+                row.mode = FINISHED
 
     def _stream(self, before: list[int], drawing: list[int], latents: Tensor | None) -> None:
         """Tell the streamer the new id of every row (padding where there is none) and the new latents."""
@@ -256,7 +262,7 @@ class DecodingLoop:
         enough = room >= self.model.config.num_latents + 2
         return self.limits.modality != "text" and len(row.images) < self.limits.max_images and enough
 
-    def _draws_latent(self, row: Row, next_ids: Tensor, index: int) -> bool:
+    def _draws_latent(self, row: Row, next_ids: list[int], index: int) -> bool:
         """Whether a row in image mode draws now: not at begin-of-image itself, and after the last latent comes end-of-image."""
         config = self.model.config
         if next_ids[index] == config.boi_token_id:
@@ -313,7 +319,7 @@ class DecodingLoop:
             self.mask[row, self.prompt_width :] = 0
             self.positions[row] = self.prompt_lengths[row]
 
-    def _feed(self, embeddings: Tensor, active: list[bool], next_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def _feed(self, embeddings: Tensor, active: list[bool]) -> tuple[Tensor, Tensor]:
         """Extend mask and positions by one column; guidance streams are visible only while they guide their row."""
         visible = torch.zeros(self.num_streams, self.num_rows, dtype=torch.long, device=embeddings.device)
         visible[0] = torch.tensor(active, device=embeddings.device)

@@ -100,15 +100,17 @@ class OrthusGenerationMixin(GenerationMixin):
             force_image: a row that would end without an image draws one instead.
             max_new_tokens: bound on new positions per row, image positions included.
             num_return_sequences: continuations of each prompt; row `i * n + j` of the output is the j-th of prompt i.
-            do_sample, temperature, top_k, top_p, min_p, logits_processor, stopping_criteria: of the text, as in `transformers`.
+            do_sample, temperature, top_k, top_p, min_p, logits_processor: of the text, as in `transformers`.
+            stopping_criteria: as in `transformers`, asked at every position; a picture that is not whole when its row is stopped
+                is dropped.
             streamer: receives the prompt, then one id per row and call of the backbone, as `transformers`' streamers do, and
                 latents as they are drawn if it has `put_latents`; see [`orthus.streaming.SegmentStreamer`].
             generator: one generator, or one per row of the output (draws that do not depend on the rest of the batch).
             noise: `(B, max_images, L, C)` standard normal draws to replay.
             decode: also return pixels.
             on_position: called with the number of positions done, once per backbone call.
-            text_options: for `"text"` alone: every other option of `transformers`' `generate` (`num_beams`,
-                `cache_implementation`, ...).
+            text_options: for `"text"` alone: the other options of `transformers`' `generate` (`generation_config`, `num_beams`,
+                `max_length`, `cache_implementation`, ...) but those that ask for more than sequences.
 
         Raises:
             ValueError: unknown modality or option, missing unconditional prompt, too long a prompt, noise of the wrong shape.
@@ -116,7 +118,8 @@ class OrthusGenerationMixin(GenerationMixin):
         model = cast("OrthusForConditionalGeneration", self)
         mask = _checked_mask("input_ids", input_ids, attention_mask)
         latents = model._resolve_latents(pixel_values, image_latents)
-        prompt = _repeated(model, Prompt(input_ids, mask, latents), num_return_sequences)
+        with_beams = modality == "text" and text_options.get("num_beams", 1) != 1
+        prompt = _repeated(model, Prompt(input_ids, mask, latents), 1 if with_beams else num_return_sequences)
         streams = [prompt]
         if image_guidance is not None:
             negative = (image_negative_input_ids, image_negative_attention_mask)
@@ -126,7 +129,7 @@ class OrthusGenerationMixin(GenerationMixin):
             streams.append(_stream("guidance", *negative, prompt, num_return_sequences, None))
         if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
             max_images = noise.shape[1]
-        limits = _limits(model, modality, max_new_tokens, max_images, force_image, max(len(s.input_ids[0]) for s in streams))
+        limits = _limits(model, modality, max_new_tokens, max_images, force_image, streams)
         drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
         _check_draws(model, drawing, len(prompt.input_ids), limits.max_images)
         processors = LogitsProcessorList([*(logits_processor or ()), *_warpers(do_sample, temperature, top_k, top_p, min_p)])
@@ -135,11 +138,12 @@ class OrthusGenerationMixin(GenerationMixin):
             raise ValueError(f"num_beams={text_options['num_beams']} with do_sample=True is not supported; drop one of them")
         if modality == "text" and text_guidance == 1.0:
             processors += [choice] if choice else []
-            options = {**text_options, "max_new_tokens": limits.max_new_tokens, "streamer": streamer}
+            options = {"max_new_tokens": limits.max_new_tokens, "streamer": streamer, **text_options}
+            options |= {"num_return_sequences": num_return_sequences} if with_beams else {}
             return _write(model, prompt, processors, stopping_criteria, on_position, options)
         if text_options:
             raise ValueError(f"options {sorted(text_options)} are for modality='text' without text_guidance only; drop them")
-        writing = Writing(processors, stopping_criteria or StoppingCriteriaList(), choice, text_guidance, streamer)
+        writing = Writing(processors, StoppingCriteriaList(stopping_criteria or ()), choice, text_guidance, streamer)
         rows = DecodingLoop(model, streams, limits, drawing, writing).run(on_position)
         return _output(model, rows, decode)
 
@@ -197,11 +201,18 @@ def _write(
     options: dict[str, Any],
 ) -> OrthusGenerateOutput:
     """Text alone, by `transformers`: what the head may not write is suppressed, and no image begins."""
-    config = model.config
+    config, given = model.config, options.get("generation_config")
+    asked = sorted(name for name, value in options.items() if value and name.startswith(("return_dict", "output_")))
+    if asked:
+        raise ValueError(f"{', '.join(asked)}: generate returns sequences and pictures; use GenerationMixin.generate(model, ...)")
+    if "max_length" in options or getattr(given, "max_new_tokens", None) or getattr(given, "max_length", None):
+        del options["max_new_tokens"]
     never = torch.cat([banned_ids(config, torch.device("cpu")), torch.tensor([config.boi_token_id])])
     suppressed = SuppressTokensLogitsProcessor(never.tolist(), device=str(prompt.input_ids.device))
     counted = StoppingCriteriaList([*(stopping_criteria or ()), *([_Counter(on_position)] if on_position else [])])
-    settings = {"eos_token_id": [config.separator_token_id, config.eos_token_id], "pad_token_id": config.pad_token_id}
+    ends = [config.separator_token_id, config.eos_token_id]
+    settings: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+    settings |= {} if given is not None else {"do_sample": False}
     sequences = GenerationMixin.generate(
         model,  # type: ignore[arg-type]
         prompt.input_ids,
@@ -210,7 +221,7 @@ def _write(
         logits_processor=LogitsProcessorList([suppressed, *processors]),
         stopping_criteria=counted,
         return_dict_in_generate=False,
-        **{**settings, "do_sample": False, **options},
+        **{**settings, **options},
     )
     new = cast(Tensor, sequences)[:, prompt.input_ids.shape[1] :]
     return OrthusGenerateOutput(new, *([empty] * len(new) for empty in _nothing_drawn(model)))
@@ -287,7 +298,7 @@ def _limits(
     max_new_tokens: int | None,
     max_images: int | None,
     force_image: bool,
-    prompt_width: int,
+    streams: list[Prompt],
 ) -> Limits:
     if modality not in MODALITIES:
         raise ValueError(f"modality={modality!r} is not one of {', '.join(MODALITIES)}")
@@ -295,7 +306,13 @@ def _limits(
     max_images = {"text": 0, "image": 1, "interleaved": 4}[modality] if max_images is None else max_images
     if modality == "image" and max_images < 1:
         raise ValueError(f"modality='image' needs max_images of at least 1, got {max_images}")
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    prompt_width = max(stream.input_ids.shape[1] for stream in streams)
+    limit, kind = getattr(model.config.text_config, "max_position_embeddings", None), "limit"
+    window = _window(model.config.text_config)
+    if window is not None and len(streams) > 1 and (limit is None or window < limit):
+        limit, kind = window, "sliding window, beyond which guidance would lose its prompt,"
+    if force_image and max_new_tokens is not None and modality == "interleaved" and max_new_tokens < per_image:
+        raise ValueError(f"force_image=True needs max_new_tokens of at least {per_image}, a picture's, got {max_new_tokens}")
     if modality == "image":
         max_new_tokens = max_images * per_image
     elif max_new_tokens is None:
@@ -305,10 +322,17 @@ def _limits(
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if limit is not None and prompt_width + max_new_tokens > limit:
         raise ValueError(
-            f"a prompt of {prompt_width} positions and {max_new_tokens} new ones exceed the backbone's limit of {limit}; "
+            f"a prompt of {prompt_width} positions and {max_new_tokens} new ones exceed the backbone's {kind} of {limit}; "
             "shorten the prompt, or lower max_new_tokens or max_images"
         )
     return Limits(modality, max_new_tokens, max_images, force_image)
+
+
+def _window(text_config: Any) -> int | None:
+    """How many columns of the cache a backbone's local layers see, None without such layers. A stream that restarts hides
+    columns, which count all the same."""
+    kinds = getattr(text_config, "layer_types", None)
+    return None if kinds is not None and "sliding_attention" not in kinds else getattr(text_config, "sliding_window", None)
 
 
 def _check_draws(model: "OrthusForConditionalGeneration", drawing: Drawing, num_rows: int, max_images: int) -> None:

@@ -131,15 +131,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class KnownLatents:
+    """Latents `(L, C)` in the `info` of a picture, with a checksum of its pixels. Pillow compares `info` where pictures are
+    compared: equal pixels count as equal."""
+
+    def __init__(self, owner: str, checksum: int, latents: torch.Tensor) -> None:
+        self.owner, self.checksum, self.latents = owner, checksum, latents
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, KnownLatents) and self.checksum == other.checksum
+
+    def __hash__(self) -> int:
+        return hash(self.checksum)
+
+
 def remember_latents(image: Image.Image, latents: torch.Tensor, owner: str) -> None:
     """Attach the latents `(L, C)` that a picture was decoded from, for whoever knows the word `owner`."""
-    image.info[LATENTS_KEY] = (owner, zlib.crc32(image.tobytes()), latents.detach().float().cpu())
+    image.info[LATENTS_KEY] = KnownLatents(owner, zlib.crc32(image.tobytes()), latents.detach().float().cpu())
 
 
 def latents_of(image: Image.Image, owner: str) -> torch.Tensor | None:
     """The latents `(L, C)` of a generated picture; None for others, and for one that was changed afterwards."""
-    found_owner, checksum, latents = getattr(image, "info", {}).get(LATENTS_KEY, (None, None, None))
-    return latents if found_owner == owner and checksum == zlib.crc32(image.tobytes()) else None
+    known = getattr(image, "info", {}).get(LATENTS_KEY)
+    if not isinstance(known, KnownLatents) or known.owner != owner or known.checksum != zlib.crc32(image.tobytes()):
+        return None
+    return known.latents
 
 
 class OrthusImagesKwargs(ImagesKwargs, total=False):

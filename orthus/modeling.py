@@ -113,6 +113,8 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
         except SafetensorError as error:
             raise loading.damaged(error, path) from error
         model, report = loaded
+        ends = [model.config.separator_token_id, model.config.eos_token_id]
+        model.generation_config.eos_token_id = ends  # whatever the files say
         if not accept_misshaped:
             loading.check_shapes(path, report)
         if not allow_missing:

@@ -263,12 +263,12 @@ class OrthusProcessor(ProcessorMixin):
     def unconditional(self, turns: Any, keep_images: bool = False, prompt: str | None = None) -> BatchFeature:
         """The prompts of a guidance stream, one per prompt in `turns`: as `__call__`, without what the user asked for.
 
-        A user turn with `prompt` (default `unconditional_prompt`), or with `keep_images` the user's pictures, no text.
+        A user turn with `prompt` (default `unconditional_prompt`), or with `keep_images` the pictures of all turns, no text.
         Raises `ValueError` where `keep_images` finds no picture.
         """
         rows: list[list[Any]] = []
         for place, row in enumerate(as_batch(turns)):
-            kept = [part for turn in row if turn.role == "user" for part in turn.segments if not isinstance(part, str)]
+            kept = [part for turn in row for part in turn.segments if not isinstance(part, str)]
             if keep_images and not kept:
                 raise ValueError(f"prompt {place} has no picture to keep; use keep_images=False for it")
             rows.append(kept if keep_images else [self.unconditional_prompt if prompt is None else prompt])

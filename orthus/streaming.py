@@ -107,6 +107,7 @@ class SegmentStreamer:
     def end(self) -> None:
         for index, row in enumerate(self.rows or []):
             self._show(index, row, is_whole=True)
+        self.rows = None
 
     def _hear(self, index: int, row: _Row, token: int) -> None:
         config, processor = self.model.config, self.processor

@@ -21,6 +21,7 @@ from orthus.training.checkpoint import TrainState, latest, load_checkpoint
 from orthus.training.fit import fit
 from orthus.training.optim import build_optimizers, freeze, start_ema
 from orthus.training.settings import OptimSettings, RunSettings, load_settings
+from orthus.training.stages import LoraSettings, load_model
 from train import posttrain
 
 pytest.importorskip("peft")
@@ -266,14 +267,21 @@ def test_posttrain_leaves_a_merged_model(tmp_path: Path) -> None:
     assert not any(name.startswith("autoencoder") for name in changed)
 
 
-def test_adapters_in_a_frozen_backbone_are_refused() -> None:
+def test_adapters_train_where_the_backbone_rests(folder: Path) -> None:
+    """Frozen parts are frozen before the adapters come, so that a base config with a frozen backbone can take `lora.rank=16`."""
+    for frozen in (["backbone"], ["backbone.layers", "backbone.norm"], []):
+        model = load_model(str(folder), ["lm_head", *frozen], LoraSettings(rank=2), seed=0)
+        trains = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        assert any("lora_" in name for name in trains) and not any("base_layer" in name for name in trains)
+        assert "lm_head.weight" not in trains and ("backbone.embed_tokens.weight" in trains) == (frozen != ["backbone"])
+
+
+def test_lora_settings_are_strict() -> None:
     yaml = ROOT / "configs/small/posttrain.yaml"
     assert load_settings(posttrain.PostStage, yaml, []).lora is None
-    assert load_settings(posttrain.PostStage, yaml, ["lora={}"]).lora == posttrain.LoraSettings()
+    assert load_settings(posttrain.PostStage, yaml, ["lora={}"]).lora == LoraSettings()
     with pytest.raises(ValueError, match=r"did you mean 'lora\.rank'"):
         load_settings(posttrain.PostStage, yaml, ["lora.rnak=4"])
-    with pytest.raises(ValueError, match="frozen names backbone"):
-        load_settings(posttrain.PostStage, yaml, ["lora={}", "frozen=[backbone]"])
 
 
 # -- refusals ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Events while text and pictures form, and generated pictures in later turns."""
 
+import copy
 import time
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from orthus import OrthusForConditionalGeneration, OrthusProcessor
 from orthus.data.schema import Turn
-from orthus.streaming import Finished, ImagePreview, TextPiece, stream
+from orthus.streaming import Finished, ImagePreview, SegmentStreamer, TextPiece, stream
 
 CHECKPOINT = "checkpoints/orthus-small"
 PROMPTS = ["a photo of a red circle", "Draw a blue ring, a pink star, then add a brown diamond, then describe the picture."]
@@ -81,6 +82,9 @@ def test_a_generated_picture_in_a_later_turn_is_not_encoded_again(
     rest = processor(turns=[chat[2]])["input_ids"][0, 1:]
     first = processor(turns=[chat[0]])["input_ids"][0]
     assert inputs["input_ids"][0].tolist() == [*first.tolist(), *written.tolist(), *rest.tolist()]
+    repeated = processor.decode_segments(model.generate(**request(processor, PROMPTS[:1])))[0]
+    again = next(segment for segment in repeated if isinstance(segment, Image.Image))
+    assert picture == again and picture == copy.deepcopy(picture) and picture in [again]
     changed = picture.copy()
     changed.putpixel((0, 0), (1, 2, 3))
     outside = Image.new("RGB", (64, 64), "white")
@@ -92,3 +96,15 @@ def test_a_generated_picture_in_a_later_turn_is_not_encoded_again(
     answers = model.generate(**mixed, modality="text", max_new_tokens=12).sequences
     alone = model.generate(**inputs, modality="text", max_new_tokens=12).sequences[0]
     assert answers[1, : len(alone)].tolist() == alone.tolist()
+    edit = [*chat[:2], Turn("user", ("change red to blue",))]
+    streams = processor.guidance_streams([edit], 2.0, image_guidance=1.0)
+    edited = model.generate(**processor(turns=edit), **streams, max_images=1, force_image=True, num_diffusion_steps=2)
+    assert len(edited.image_latents[0]) == 1
+
+
+def test_a_streamer_can_be_used_again(model: OrthusForConditionalGeneration, processor: OrthusProcessor) -> None:
+    events: list = []
+    streamer = SegmentStreamer(model, processor, events.append)
+    for _ in range(2):
+        model.generate(streamer=streamer, **request(processor, PROMPTS[:1]))
+    assert len(events) % 2 == 0 and [type(e) for e in events[: len(events) // 2]] == [type(e) for e in events[len(events) // 2 :]]

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_model
 from test_generation import IMG, LATENTS, PROMPTS, SEP, eager_to_draw, left_padded
 from transformers import (
+    GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     NoBadWordsLogitsProcessor,
@@ -164,6 +165,57 @@ def test_pixels_stand_for_latents_that_are_unknown() -> None:
         model(ids, mask, pixels.repeat(2, 1, 1, 1), known)
 
 
+class Ruled:
+    """A processor that wants token 20 in even rows of the batch, 21 in odd ones."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        assert len(input_ids) == len(scores) == 3
+        scores = scores.clone()
+        for row in range(len(scores)):
+            scores[row, 20 + row % 2] = 99.0 if input_ids[row, -1] != 20 + row % 2 else -99.0
+        return scores
+
+
+def test_processors_and_criteria_see_every_row_at_its_place() -> None:
+    model = eager_to_draw(tiny_model(), 3.0)
+    ids, mask = left_padded(PROMPTS)
+    options = {"max_images": 1, "max_new_tokens": 12, "force_image": True, "logits_processor": [Ruled()]}
+    output = model.generate(ids, mask, image_latents=LATENTS, **options)
+    for row, tokens in enumerate(output.sequences.tolist()):
+        assert 20 + row % 2 in tokens and 20 + (row + 1) % 2 not in tokens
+    for modality, length in (("image", 3), ("interleaved", 2)):
+        stopped = model.generate(ids, mask, image_latents=LATENTS, modality=modality, max_images=2,
+                                 stopping_criteria=[StopAfter(ids.shape[1] + length)])  # fmt: skip
+        assert stopped.sequences.shape[1] == length and all(len(latents) == 0 for latents in stopped.image_latents)
+
+
+def test_options_of_transformers_count_in_text() -> None:
+    model = tiny_model()
+    ids, mask = left_padded(PROMPTS)
+    options = {"image_latents": LATENTS, "modality": "text"}
+    short = model.generate(ids, mask, generation_config=GenerationConfig(max_new_tokens=3), **options).sequences
+    assert short.shape[1] == 3
+    assert model.generate(ids, mask, max_length=ids.shape[1] + 4, **options).sequences.shape[1] == 4
+    torch.manual_seed(0)
+    drawn = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=9.0)
+    assert model.generate(ids, mask, generation_config=drawn, **options).sequences.tolist() != short.tolist()
+    beams = model.generate(ids, mask, num_beams=3, num_return_sequences=2, max_new_tokens=5, **options).sequences
+    assert len(beams) == 6 and beams[0].tolist() != beams[1].tolist()
+    with pytest.raises(ValueError, match="output_scores"):
+        model.generate(ids, mask, output_scores=True, **options)
+
+
+def test_a_window_that_would_lose_the_guidance_prompt_is_refused() -> None:
+    text_config = {"model_type": "mistral", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text_config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 96, "sliding_window": 20}
+    model, ids = tiny_model(text_config=text_config), torch.tensor([PROMPTS[0]])
+    guided = {"guidance": 2.0, "negative_input_ids": torch.tensor([[0, 20, SEP]]), "modality": "image"}
+    assert len(model.generate(ids, max_images=2, **guided).image_latents[0]) == 2
+    with pytest.raises(ValueError, match="sliding window.*of 20"):
+        model.generate(ids, max_images=3, **guided)
+    assert len(model.generate(ids, modality="image", max_images=3).image_latents[0]) == 3
+
+
 def test_refusals() -> None:
     model, ids = tiny_model(), torch.tensor([PROMPTS[0]])
     with pytest.raises(ValueError, match=r"num_beams.*modality='text'"):
@@ -172,6 +224,8 @@ def test_refusals() -> None:
         model.generate(ids, modality="text", num_beams=2, do_sample=True)
     with pytest.raises(ValueError, match="num_return_sequences=0"):
         model.generate(ids, num_return_sequences=0)
+    with pytest.raises(ValueError, match="max_new_tokens of at least 6"):
+        model.generate(ids, force_image=True, max_new_tokens=5)
     with pytest.raises(ValueError, match="temprature"):
         model.generate(ids, modality="text", temprature=0.5)
 

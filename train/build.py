@@ -83,6 +83,10 @@ def build(args: argparse.Namespace) -> Base:
     options = BaseOptions(*sizes, dtype)
     is_chameleon = is_published(load_config(args.backbone, args.gguf_file).to_dict())
     given = dict(parse_option(option) for option in args.autoencoder_options)
+    if "image_size" in given:
+        raise ValueError("--autoencoder-options has image_size; use --image-size")
+    if args.num_codes is not None and args.num_codes < 2:
+        raise ValueError(f"--num-codes {args.num_codes} is too few; give at least 2, typically 8192")
     autoencoder = None
     if (args.autoencoder or given) and not (is_chameleon and args.autoencoder == args.backbone):
         autoencoder = load_autoencoder(args.autoencoder or "", args.image_size, **given)

@@ -22,17 +22,13 @@ class PostStage:
     attention: str = "sdpa"
     lora: LoraSettings | None = None
 
-    def __post_init__(self) -> None:
-        if self.lora is not None and "backbone" in self.frozen:
-            raise ValueError("frozen names backbone, where the adapters of lora train; leave one of the two out")
-
 
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(PostStage, argv[0], argv[1:])
-    model = load_model(stage.model, stage.lora, stage.run.seed)
+    model = load_model(stage.model, stage.frozen, stage.lora, stage.run.seed)
     processor = OrthusProcessor.from_pretrained(stage.model)
     model.set_attn_implementation(stage.attention)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from orthus.data.pictures import PictureLoader
 from orthus.data.schema import Example
 from orthus.data.world.dataset import WorldDataset
 from orthus.processing import OrthusProcessor, build_processor
+from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
 from orthus.training.stages import DataSettings, SampleSettings, run_stage
 
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     parts = (autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
     model = build_orthus(*parts, embedding_std=stage.embedding_std)
     model.set_attn_implementation(stage.attention)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.frozen, stage.samples, to_dict(stage))
+    freeze(model, stage.frozen)
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
 
 
 def make_processor(stage: BaseStage, autoencoder: Autoencoder) -> OrthusProcessor:

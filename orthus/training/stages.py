@@ -1,6 +1,6 @@
 """Base training and post-training of Orthus: the same stage, with a new model or with an earlier one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -59,12 +59,13 @@ class LoraSettings:
     quantize: Literal["no", "int8", "int4"] = "no"
 
 
-def load_model(folder: str, lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
-    """The model to start a stage from, with new adapters if `lora` is given."""
-    if lora is None:
-        return OrthusForConditionalGeneration.from_pretrained(folder)
-    options = {} if lora.quantize == "no" else {"quantization_config": quantization(lora.quantize)}
+def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
+    """The model to start a stage from, without training for the `frozen` parts; then come new adapters if `lora` is given."""
+    options = {} if lora is None or lora.quantize == "no" else {"quantization_config": quantization(lora.quantize)}
     model = OrthusForConditionalGeneration.from_pretrained(folder, **options)
+    freeze(model, frozen)
+    if lora is None:
+        return model
     torch.manual_seed(seed)
     return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
 
@@ -75,12 +76,10 @@ def run_stage(
     data: DataSettings,
     run: RunSettings,
     optim: OptimSettings,
-    frozen: tuple[str, ...],
     samples: SampleSettings,
     settings: dict[str, Any],
 ) -> None:
-    """Train and leave model and processor in `run.output_dir/final`. The autoencoder is always frozen."""
-    freeze(model, ("autoencoder", *frozen))
+    """Train and leave model and processor in `run.output_dir/final`."""
     with joined(run.device) as (rank, world_size):
         dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
