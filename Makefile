@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 PROMPT ?=
 OUT ?= runs/sample
 export TOKENIZERS_PARALLELISM = false
-export TORCH_LOGS = -torch.utils._pytree  # torchao, which transformers imports if it is there, makes torch warn at every start
+# torchao, which transformers imports where it is installed, makes torch warn at every start.
+export TORCH_LOGS = -torch.utils._pytree
 
 .PHONY: sample test lint speedrun eval clean
 
