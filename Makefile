@@ -4,6 +4,8 @@ BIN := $(VENV)/bin
 PROMPT ?=
 OUT ?= runs/sample
 export TOKENIZERS_PARALLELISM = false
+# The small model's matrices are too small for threads, which beside other work cost more than they bring.
+export OMP_NUM_THREADS ?= 1
 # torchao, which transformers imports where it is installed, makes torch warn at every start.
 export TORCH_LOGS = -torch.utils._pytree
 
