@@ -5,8 +5,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
 NPROC="${NPROC:-2}"
-LANGUAGE_STEPS="${LANGUAGE_STEPS:-500}"
-STEPS="${STEPS:-500}"
+LANGUAGE_STEPS="${LANGUAGE_STEPS:-400}"
+STEPS="${STEPS:-450}"
 OUT="${OUT:-runs/ablations}"
 AUTOENCODER="${AUTOENCODER:-runs/small/autoencoder/final}"
 
