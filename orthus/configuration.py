@@ -119,6 +119,8 @@ class OrthusConfig(PreTrainedConfig):
         if isinstance(self.head_config, dict):
             fields = {key: value for key, value in self.head_config.items() if key != "model_type"}
             self.head_config = DiffusionHeadConfig(**fields)
+        for part in (self.text_config, self.autoencoder_config):
+            part._name_or_path = ""  # where a part was loaded from is nobody's business later
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
         self._check_parts()

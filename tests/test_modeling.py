@@ -208,3 +208,11 @@ def test_an_image_cannot_straddle_rows(model: OrthusForConditionalGeneration) ->
     ids = torch.tensor([[0, BOI, IMG, IMG, IMG, EOI, SEP, 1], [0, BOI, IMG, IMG, IMG, IMG, IMG, EOI]])
     with pytest.raises(ValueError, match=r"\[3, 5\] image placeholders, not multiples of 4"):
         model(ids, image_latents=torch.zeros(2, 4, 3))
+
+
+def test_a_saved_config_does_not_tell_where_its_parts_came_from(model: OrthusForConditionalGeneration, tmp_path) -> None:
+    model.autoencoder.save_pretrained(tmp_path / "private" / "autoencoder")
+    autoencoder = type(model.autoencoder).from_pretrained(tmp_path / "private" / "autoencoder")
+    config = tiny_config(autoencoder_config=autoencoder.config)
+    config.save_pretrained(tmp_path / "public")
+    assert "private" not in (tmp_path / "public" / "config.json").read_text()
