@@ -260,9 +260,15 @@ def save_published(model: PreTrainedModel, folder: str | Path, max_shard_size: s
     """Write `model` in the published layout, readable by the published code: config.json and safetensors shards.
 
     Raises:
-        ValueError: naming the part of the model that the published layout cannot hold.
+        ValueError: naming the part of the model that the published layout cannot hold: adapters and integer weights too.
     """
     config = config_to_published(model.config.to_dict())
+    odd = [name for name, value in model.state_dict().items() if "lora_" in name or type(value) is not torch.Tensor]
+    if odd:
+        raise ValueError(
+            f"{odd[0]} is an adapter or a quantised weight, which the published layout lacks; "
+            "merge_lora(model) first, or load the weights without quantization_config"
+        )
     state_dict: dict[str, torch.Tensor] = {published_name(name): value for name, value in model.state_dict().items()}
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     folder = Path(folder)

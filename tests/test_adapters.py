@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from golden_files import write_published_folder
 from safetensors.torch import load_file
 from test_modeling import packed_and_padded
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
 from orthus.adapters import add_lora, has_lora, merge_lora, quantization
+from orthus.conversion import read_tensor_shapes, save_published
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.training.checkpoint import TrainState, latest, load_checkpoint
 from orthus.training.fit import fit
@@ -322,3 +324,17 @@ def test_missing_packages_say_what_to_install(folder: Path, monkeypatch: pytest.
                 call()
     model.save_pretrained(folder)  # a model without adapters needs neither
     assert tiny_config().tie_word_embeddings is False
+
+
+def test_the_published_layout_takes_neither_adapters_nor_integers(tmp_path: Path) -> None:
+    source = write_published_folder(tmp_path)
+    for kind in ("adapter", "int8"):
+        options = {} if kind == "adapter" else {"quantization_config": quantization("int8")}
+        model = OrthusForConditionalGeneration.from_pretrained(source, **options)
+        if kind == "adapter":
+            add_lora(model, rank=2)
+        with pytest.raises(ValueError, match="adapter or a quantised weight"):
+            save_published(model, tmp_path / kind)
+        assert not (tmp_path / kind).exists()
+    save_published(merge_lora(add_lora(OrthusForConditionalGeneration.from_pretrained(source), rank=2)), tmp_path / "merged")
+    assert read_tensor_shapes(tmp_path / "merged") == read_tensor_shapes(source)
