@@ -292,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from orthus.processing import OrthusProcessor
 
     check_manifest(Path(settings.output), settings)
-    options = {} if settings.quantize == "no" else {"quantization_config": quantization(settings.quantize)}
-    model = OrthusForConditionalGeneration.from_pretrained(settings.model, **options).eval().to(torch.device(settings.device))
+    model = OrthusForConditionalGeneration.from_pretrained(settings.model, quantization_config=quantization(settings.quantize))
+    model = model.eval().to(torch.device(settings.device))
     processor = OrthusProcessor.from_pretrained(settings.model)
     result = {**evaluate(model, processor, settings), **provenance(settings)}
     write_json(Path(settings.output) / RESULTS, result)

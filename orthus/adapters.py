@@ -24,11 +24,13 @@ HINT = "pip install 'orthus[adapters]'"
 
 
 def quantization(kind: str) -> Any:
-    """The `quantization_config` for `from_pretrained` that stores the backbone's linear weights as integers.
+    """The `quantization_config` for `from_pretrained` that stores the backbone's linear weights as integers; None for `"no"`.
 
     `"int8"`: one scale per output channel; `"int4"`: one scale per 32 inputs. Both run on any device; an int4 value takes a
     byte here, while torchao's `Int4WeightOnlyConfig` packs two into one and needs CUDA.
     """
+    if kind == "no":
+        return None
     if kind not in QUANTIZATIONS:
         raise ValueError(f"quantize={kind!r} is not one of {', '.join(QUANTIZATIONS)}")
     try:

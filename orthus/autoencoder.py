@@ -19,6 +19,8 @@ from transformers.models.chameleon.modeling_chameleon import ChameleonVQVAEEncod
 from transformers.models.janus.modeling_janus import JanusVQVAEAttnBlock, JanusVQVAEConvUpsample, JanusVQVAEResnetBlock
 from transformers.utils import ModelOutput
 
+from orthus.configuration import require_noise, require_patches
+
 
 class PatchAutoencoderConfig(PreTrainedConfig):
     """Configuration of [`PatchAutoencoder`].
@@ -45,12 +47,8 @@ class PatchAutoencoderConfig(PreTrainedConfig):
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; change one of them"
-            )
-        if self.latent_noise < 0:
-            raise ValueError(f"latent_noise={self.latent_noise} is negative; use 0 for none")
+        require_patches(self.image_size, self.patch_size)
+        require_noise(self.latent_noise)
         super().__post_init__(**kwargs)
 
     @property

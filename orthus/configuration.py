@@ -148,6 +148,11 @@ class OrthusConfig(PreTrainedConfig):
         remote_code.follow(json_file_path)
 
     @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end what a row writes: the separator, which closes a turn, and end-of-text."""
+        return [self.separator_token_id, self.eos_token_id]
+
+    @property
     def num_latents(self) -> int:
         """Latents per image (also the number of image placeholders in a prompt)."""
         return int(self.autoencoder_config.num_latents)
@@ -193,6 +198,18 @@ def reject_typos(name: str, model_type: str, fields: dict[str, Any]) -> None:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.85)
         if key not in known and near:
             raise ValueError(f"unknown key {name}.{key}; did you mean {near[0]!r}?")
+
+
+def require_patches(image_size: int, patch_size: int) -> None:
+    """ValueError unless patches of this side tile a picture."""
+    if patch_size < 1 or image_size < 1 or image_size % patch_size:
+        raise ValueError(f"image_size={image_size} is not a multiple of patch_size={patch_size}; change one of them")
+
+
+def require_noise(latent_noise: float) -> None:
+    """ValueError for a negative strength of the training noise on latents."""
+    if latent_noise < 0:
+        raise ValueError(f"latent_noise={latent_noise} is negative; use 0 for none")
 
 
 def require_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -263,13 +263,14 @@ def save_published(model: PreTrainedModel, folder: str | Path, max_shard_size: s
         ValueError: naming the part of the model that the published layout cannot hold: adapters and integer weights too.
     """
     config = config_to_published(model.config.to_dict())
-    odd = [name for name, value in model.state_dict().items() if "lora_" in name or type(value) is not torch.Tensor]
+    tensors = model.state_dict()
+    odd = [name for name, value in tensors.items() if "lora_" in name or type(value) is not torch.Tensor]
     if odd:
         raise ValueError(
             f"{odd[0]} is an adapter or a quantised weight, which the published layout lacks; "
             "merge_lora(model) first, or load the weights without quantization_config"
         )
-    state_dict: dict[str, torch.Tensor] = {published_name(name): value for name, value in model.state_dict().items()}
+    state_dict: dict[str, torch.Tensor] = {published_name(name): value for name, value in tensors.items()}
     config["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

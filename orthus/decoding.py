@@ -189,7 +189,7 @@ class DecodingLoop:
                     row_scores[config.boi_token_id] = -torch.inf
             scores = self._processed(scores, writing)
             chosen = self._pick(scores, writing)
-        ends = (config.separator_token_id, config.eos_token_id)
+        ends = config.end_token_ids
         for index, token in zip(writing, chosen, strict=True):
             row = self.rows[index]
             is_last_chance = self.limits.max_new_tokens - len(row.tokens) == config.num_latents + 2

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers import initialization as init
 
 from orthus.autoencoder import CalibratedAutoencoder, register
-from orthus.configuration import reject_unknown_keys, require_choice
+from orthus.configuration import reject_unknown_keys, require_choice, require_noise, require_patches
 
 # Per class: the fields with one entry per resolution, how many entries they have by default, and the default channels.
 DIFFUSERS_CLASSES: dict[str, tuple[tuple[str, ...], int, int]] = {
@@ -62,7 +62,7 @@ class DiffusersAutoencoderConfig(PreTrainedConfig):
                 f"image_size={self.image_size} is not a multiple of downsampling * merge = {self.downsampling} * {self.merge}; "
                 "change image_size or merge"
             )
-        _check_noise(self.latent_noise)
+        require_noise(self.latent_noise)
         super().__post_init__(**kwargs)
 
     def _num_levels(self) -> dict[str, int]:
@@ -119,10 +119,7 @@ class RepresentationAutoencoderConfig(PreTrainedConfig):
         reject_unknown_keys(self, kwargs)
         self.encoder_kwargs = json.loads(json.dumps(self.encoder_kwargs or {}))
         self.pixel_mean, self.pixel_std = list(self.pixel_mean), list(self.pixel_std)
-        if self.patch_size < 1 or self.image_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}; change one of them"
-            )
+        require_patches(self.image_size, self.patch_size)
         encoder_size = side(self.encoder_kwargs.get("img_size", self.image_size))
         if encoder_size != self.image_size:
             raise ValueError(f"image_size={self.image_size}, but encoder_kwargs.img_size={encoder_size}; make them equal")
@@ -132,18 +129,13 @@ class RepresentationAutoencoderConfig(PreTrainedConfig):
             )
         if len(self.pixel_mean) != 3 or len(self.pixel_std) != 3 or min(self.pixel_std) <= 0:
             raise ValueError(f"pixel_mean={self.pixel_mean}, pixel_std={self.pixel_std}: give three numbers each, std above 0")
-        _check_noise(self.latent_noise)
+        require_noise(self.latent_noise)
         super().__post_init__(**kwargs)
 
     @property
     def num_latents(self) -> int:
         """Latents per image, `L`."""
         return (self.image_size // self.patch_size) ** 2
-
-
-def _check_noise(latent_noise: float) -> None:
-    if latent_noise < 0:
-        raise ValueError(f"latent_noise={latent_noise} is negative; use 0 for none")
 
 
 def side(size: Any) -> int:

@@ -210,8 +210,7 @@ def _write(
     never = torch.cat([banned_ids(config, torch.device("cpu")), torch.tensor([config.boi_token_id])])
     suppressed = SuppressTokensLogitsProcessor(never.tolist(), device=str(prompt.input_ids.device))
     counted = StoppingCriteriaList([*(stopping_criteria or ()), *([_Counter(on_position)] if on_position else [])])
-    ends = [config.separator_token_id, config.eos_token_id]
-    settings: dict[str, Any] = {"eos_token_id": ends, "pad_token_id": config.pad_token_id}
+    settings: dict[str, Any] = {"eos_token_id": config.end_token_ids, "pad_token_id": config.pad_token_id}
     settings |= {} if given is not None else {"do_sample": False}
     sequences = GenerationMixin.generate(
         model,  # type: ignore[arg-type]

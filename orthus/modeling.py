@@ -65,7 +65,7 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
 
     def __init__(self, config: OrthusConfig) -> None:
         super().__init__(config)
-        self.generation_config.eos_token_id = [config.separator_token_id, config.eos_token_id]
+        self.generation_config.eos_token_id = config.end_token_ids
         self.backbone = AutoModel.from_config(config.text_config)
         table = next(name for name, module in self.backbone.named_modules() if module is self.backbone.get_input_embeddings())
         self._tied_weights_keys = {"lm_head.weight": f"backbone.{table}.weight"}
@@ -113,8 +113,7 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
         except SafetensorError as error:
             raise loading.damaged(error, path) from error
         model, report = loaded
-        ends = [model.config.separator_token_id, model.config.eos_token_id]
-        model.generation_config.eos_token_id = ends  # whatever the files say
+        model.generation_config.eos_token_id = model.config.end_token_ids  # whatever the files say
         if not accept_misshaped:
             loading.check_shapes(path, report)
         if not allow_missing:

@@ -113,7 +113,7 @@ class SegmentStreamer:
         config, processor = self.model.config, self.processor
         if row.has_ended or token == config.image_token_id:
             return
-        row.has_ended = token in (config.separator_token_id, config.eos_token_id)
+        row.has_ended = token in config.end_token_ids
         if row.has_ended or token == config.boi_token_id:
             self._show(index, row, is_whole=True)
             row.ids, row.num_shown = [], 0

@@ -61,8 +61,8 @@ class LoraSettings:
 
 def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
     """The model to start a stage from, without training for the `frozen` parts; then come new adapters if `lora` is given."""
-    options = {} if lora is None or lora.quantize == "no" else {"quantization_config": quantization(lora.quantize)}
-    model = OrthusForConditionalGeneration.from_pretrained(folder, **options)
+    kind = "no" if lora is None else lora.quantize
+    model = OrthusForConditionalGeneration.from_pretrained(folder, quantization_config=quantization(kind))
     freeze(model, frozen)
     if lora is None:
         return model
