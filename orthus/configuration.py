@@ -123,7 +123,7 @@ class OrthusConfig(PreTrainedConfig):
             part._name_or_path = ""  # where a part was loaded from is nobody's business later
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         super().__post_init__(**kwargs)
-        self._check_parts()
+        self.check_parts()
 
     @classmethod
     def get_config_dict(  # type: ignore[override]
@@ -157,7 +157,8 @@ class OrthusConfig(PreTrainedConfig):
         """Latents per image (also the number of image placeholders in a prompt)."""
         return int(self.autoencoder_config.num_latents)
 
-    def _check_parts(self) -> None:
+    def check_parts(self) -> None:
+        """ValueError for parts that do not fit together."""
         text, autoencoder, head = self.text_config, self.autoencoder_config, self.head_config
         if head.latent_dim != autoencoder.latent_dim:
             raise ValueError(

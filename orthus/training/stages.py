@@ -10,12 +10,14 @@ from torch import nn
 from torchvision.utils import save_image
 
 from orthus.adapters import add_lora, quantization
+from orthus.configuration import DiffusionHeadConfig
 from orthus.data.dropping import ConditionDropping
 from orthus.data.packing import PackedLoader
 from orthus.data.schema import Turn
 from orthus.data.world.dataset import WorldDataset
 from orthus.data.world.language import CaptionMix
 from orthus.data.world.scene import WorldConfig
+from orthus.diffusion_head import DiffusionHead, init_layer
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
 from orthus.training.distributed import joined
@@ -68,6 +70,17 @@ def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, se
         return model
     torch.manual_seed(seed)
     return add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
+
+
+def replace_head(model: OrthusForConditionalGeneration, fields: dict[str, Any], seed: int) -> None:
+    """Give the model a new diffusion head of random weights; what `fields` does not name is as in the old one's config."""
+    old = model.config.head_config
+    kept = {name: getattr(old, name) for name in DiffusionHeadConfig.__annotations__}
+    model.config.head_config = DiffusionHeadConfig(**{**kept, **fields})
+    model.config.check_parts()
+    torch.manual_seed(seed)
+    weight = model.diffusion_head.input_proj.weight
+    model.diffusion_head = DiffusionHead(model.config.head_config).apply(init_layer).to(weight)
 
 
 def run_stage(
