@@ -29,7 +29,7 @@ class DiffusionHeadConfig(PreTrainedConfig):
         num_noise_draws: noise draws per latent in one training forward ("batch multiplier").
         num_train_timesteps, beta_start, beta_end: noise schedule of `"v_prediction"`.
         time_logit_mean, time_logit_std: training times of `"flow_matching"` are sigmoid(normal(mean, std)).
-        num_diffusion_steps: default number of sampler steps.
+        num_diffusion_steps, solver, spacing: how latents are drawn by default; see [`orthus.sampling.Sampling`].
     """
 
     model_type = "orthus_diffusion_head"
@@ -48,6 +48,8 @@ class DiffusionHeadConfig(PreTrainedConfig):
     time_logit_mean: float = 0.0
     time_logit_std: float = 1.0
     num_diffusion_steps: int = 100
+    solver: str = "ddim"
+    spacing: str = "trailing"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -2,30 +2,26 @@
 
 Every row advances one position per backbone call. A row that has nothing to feed (finished, or an unconditional stream
 while its row writes text) feeds padding that its mask hides. An unconditional stream restarts at each image by hiding the
-columns after its prompt and starting its positions again, so one cache serves all rows and streams.
+columns after its prompt and starting its positions again (`backbone_rows.py`), so one cache serves all rows and streams.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from orthus import acceleration
+from orthus.backbone_rows import BackboneRows, Prompt, pad_left
+from orthus.sampling import LatentSampler, Sampling
 
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
 
 TEXT, IMAGE, FINISHED = 0, 1, 2
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One stream's prompts, `(B, P)`, left-padded, with the latents of their images `(N, L, C)`."""
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    image_latents: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -40,15 +36,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How latents are drawn."""
+    """How latents are drawn. `prefix` `(B, P, C)`: the first latents of each row's first image."""
 
     guidance: float
     image_guidance: float | None
-    guidance_interval: tuple[float, float]
-    num_diffusion_steps: int | None
-    solver: str | None
+    sampling: Sampling
     noise: Tensor | None  # (B, num_images, L, C)
     generator: torch.Generator | list[torch.Generator] | None
+    prefix: Tensor | None = None
+    acceleration: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -92,7 +88,7 @@ class Row:
 
 
 class DecodingLoop:
-    """State of one call of `generate`: rows of all streams (stream-major), their mask and positions, one cache."""
+    """State of one call of `generate`: what the rows write, over the rows of all streams that the backbone is fed."""
 
     def __init__(
         self,
@@ -104,50 +100,52 @@ class DecodingLoop:
     ) -> None:
         self.model, self.limits, self.drawing, self.writing = model, limits, drawing, writing
         self.num_streams, self.num_rows = len(streams), len(streams[0].input_ids)
-        config = model.config
-        width = max(stream.input_ids.shape[1] for stream in streams)
-        ids = torch.cat([_pad_left(stream.input_ids, width, config.pad_token_id) for stream in streams])
-        self.mask = torch.cat([_pad_left(stream.attention_mask, width, 0) for stream in streams]).long()
-        given = [stream.image_latents for stream in streams if stream.image_latents is not None]
-        self.prompt_ids, self.prompt_latents = ids, torch.cat(given) if given else None
-        self.prompt_width, self.prompt_lengths = width, self.mask.sum(-1)
-        self.positions = self.prompt_lengths.clone()
+        self.prompt_ids = streams[0].input_ids
         self.rows = [Row() for _ in range(self.num_rows)]
-        self.cache = DynamicCache(config=model.config.text_config)
-        self.banned = banned_ids(config, ids.device)
+        self.banned = banned_ids(model.config, self.prompt_ids.device)
+        self.way = acceleration.resolve(drawing.acceleration, self.prompt_ids.device)
+        self.backbone = BackboneRows(model, streams, limits.max_new_tokens, self.way, drawing.acceleration == "auto")
+        self.sampler = LatentSampler(model.diffusion_head, drawing.sampling, self.way)
 
     def run(self, on_position: Callable[[int], None] | None) -> list[Row]:
-        model = self.model
         streamer = self.writing.streamer
-        if streamer is not None:
-            streamer.put(self.prompt_ids[: self.num_rows].cpu())
-        embeddings = model.embed_inputs(self.prompt_ids, self.prompt_latents)
-        positions = positions_from_mask(self.mask)
-        hidden = self._advance(embeddings, positions)
-        for done in range(1, self.limits.max_new_tokens + 1):
-            fed = self._choose(hidden)
-            if on_position is not None:
-                on_position(done)
-            if fed is None:
-                break
-            hidden = self._advance(*fed)
-        if streamer is not None:
-            streamer.end()
+        with acceleration.packed(self.model.backbone) if self.way == "none" else nullcontext():
+            if streamer is not None:
+                streamer.put(self.backbone.input_ids[: self.num_rows].cpu())
+            hidden = self.backbone.read_prompts()
+            if self.drawing.prefix is not None:
+                hidden = self._begin_image(self.drawing.prefix)
+            for done in range(len(self.rows[0].tokens) + 1, self.limits.max_new_tokens + 1):
+                fed = self._choose(hidden)
+                if on_position is not None:
+                    on_position(done)
+                if fed is None:
+                    break
+                hidden = self.backbone.feed(*fed)
+            if streamer is not None:
+                streamer.end()
         return self.rows
 
-    def _advance(self, embeddings: Tensor, positions: Tensor) -> Tensor:
-        """Feed embeddings `(R, T, D)`; returns the hidden states of their last position as `(streams, B, D)`."""
-        outputs = self.model.backbone(
-            inputs_embeds=embeddings,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        return outputs.last_hidden_state[:, -1].unflatten(0, (self.num_streams, self.num_rows))
+    def _begin_image(self, latents: Tensor) -> Tensor:
+        """Let every row begin an image with latents `(B, P, C)` that are given; hidden states `(streams, B, D)` after them."""
+        model, config = self.model, self.model.config
+        begin = torch.full((self.num_rows, 1), config.boi_token_id, device=latents.device)
+        embedded = model.latent_embedding(latents, model.code_embeddings())
+        embeddings = model.get_input_embeddings()(begin)
+        for row in self.rows:
+            row.mode, row.tokens = IMAGE, [config.boi_token_id]
+            row.images.append([])
+        for place, latent in enumerate([None, *latents.unbind(1)]):
+            for row, value in zip(self.rows, latent if latent is not None else (), strict=False):
+                row.tokens.append(config.image_token_id)
+                row.images[-1].append(value)
+            if self.writing.streamer is not None:
+                self._stream([place] * self.num_rows, list(range(self.num_rows)), latent)
+        visible = torch.ones(self.num_streams, self.num_rows, dtype=torch.long, device=latents.device)
+        return self.backbone.feed(torch.cat([embeddings, embedded.to(embeddings.dtype)], 1), visible)
 
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Extend each row by one token or latent; embeddings `(R, 1, D)` and positions `(R, 1)` to feed, None at the end."""
+        """Extend each row by one token or latent; embeddings `(B, 1, D)` to feed and where they are visible, None at the end."""
         config, model = self.model.config, self.model
         next_ids = [config.pad_token_id] * self.num_rows
         before = [len(row.tokens) for row in self.rows]
@@ -169,7 +167,7 @@ class DecodingLoop:
             first = torch.tensor(places, device=hidden.device)
             embedded = model.latent_embedding(latents.unsqueeze(1), model.code_embeddings(), first)
             embeddings[drawing] = embedded.to(embeddings.dtype)
-        return self._feed(embeddings, active)
+        return embeddings, self._visible(active)
 
     def _write_text(self, hidden: Tensor, next_ids: list[int]) -> Tensor | None:
         """One token for each row in text mode, from hidden states `(streams, B, D)`: forced, greedy or sampled. Returns the
@@ -200,7 +198,7 @@ class DecodingLoop:
             if token == config.boi_token_id:
                 row.mode = IMAGE
                 row.images.append([])
-                self._restart_streams(index)
+                self.backbone.restart(index)
             elif token in ends or len(row.tokens) >= self.limits.max_new_tokens:
                 row.mode = FINISHED
         return scores
@@ -232,10 +230,10 @@ class DecodingLoop:
     def _history(self) -> Tensor:
         """Ids `(B, T)` of the prompts and of all that was written, padded on the left."""
         pad, width = self.model.config.pad_token_id, max(len(row.tokens) for row in self.rows)
-        prompts = self.prompt_ids[: self.num_rows]
+        prompts = self.backbone.input_ids[: self.num_rows]
         written = [torch.tensor(row.tokens, dtype=torch.long, device=prompts.device) for row in self.rows]
         full = [torch.cat([prompt, ids]) for prompt, ids in zip(prompts, written, strict=True)]
-        return torch.cat([_pad_left(ids.unsqueeze(0), prompts.shape[1] + width, pad) for ids in full])
+        return torch.cat([pad_left(ids.unsqueeze(0), prompts.shape[1] + width, pad) for ids in full])
 
     def _stop(self, scores: Tensor | None) -> None:
         """End the rows at which a stopping criterion asks for it; a picture that is not whole by then is dropped."""
@@ -283,18 +281,16 @@ class DecodingLoop:
 
     def _draw(self, hidden: Tensor, rows: list[int]) -> Tensor:
         """Next latents `(len(rows), C)` from hidden states `(streams, len(rows), D)`."""
-        drawing, streams = self.drawing, list(hidden)
-        latents = self.model.diffusion_head.sample(
-            streams[0],
-            guidance=drawing.guidance,
-            uncond=streams[-1] if len(streams) > 1 else None,
-            image_cond=streams[1] if len(streams) == 3 else None,
-            image_guidance=drawing.image_guidance,
-            guidance_interval=drawing.guidance_interval,
-            num_diffusion_steps=drawing.num_diffusion_steps,
-            solver=drawing.solver,
-            noise=self._noise(rows, hidden),
-        )
+        noise, num_latents, latents = self._noise(rows, hidden), self.model.config.num_latents, torch.empty(0)
+        places = [len(self.rows[index].images[-1]) for index in rows]
+        num_steps = [self.sampler.num_steps_at(place, num_latents) for place in places]
+        weights = [self.sampler.guidance_at(self.drawing.guidance, place, num_latents) for place in places]
+        for num in sorted(set(num_steps)):  # rows at different places of their images may take different numbers of steps
+            group = [i for i, value in enumerate(num_steps) if value == num]
+            guidance = torch.tensor([weights[i] for i in group], device=hidden.device).unsqueeze(-1)
+            drawn = self.sampler.draw(hidden[:, group], noise[group], guidance, self.drawing.image_guidance, num)
+            latents = drawn.new_empty(len(rows), drawn.shape[1]) if not len(latents) else latents
+            latents[group] = drawn
         for index, latent in zip(rows, latents, strict=True):
             self.rows[index].images[-1].append(latent)
         return latents
@@ -312,24 +308,10 @@ class DecodingLoop:
         draws = [torch.randn(width, generator=generator[i], device=generator[i].device, dtype=dtype) for i in rows]
         return torch.stack(draws).to(hidden.device)
 
-    def _restart_streams(self, index: int) -> None:
-        """Let the guidance streams of a row forget earlier images: only their prompt stays visible."""
-        for stream in range(1, self.num_streams):
-            row = stream * self.num_rows + index
-            self.mask[row, self.prompt_width :] = 0
-            self.positions[row] = self.prompt_lengths[row]
-
-    def _feed(self, embeddings: Tensor, active: list[bool]) -> tuple[Tensor, Tensor]:
-        """Extend mask and positions by one column; guidance streams are visible only while they guide their row."""
-        visible = torch.zeros(self.num_streams, self.num_rows, dtype=torch.long, device=embeddings.device)
-        visible[0] = torch.tensor(active, device=embeddings.device)
+    def _visible(self, active: list[bool]) -> Tensor:
+        """`(streams, B)`, 1 where the next column is seen: guidance streams see it only while they guide their row."""
         guided = [row.mode == IMAGE or self._guides_text(row) for row in self.rows]
-        visible[1:] = torch.tensor(guided, device=embeddings.device)
-        visible = visible.flatten()
-        positions = self.positions.unsqueeze(-1).clone()
-        self.positions += visible
-        self.mask = torch.cat([self.mask, visible.unsqueeze(-1)], dim=-1)
-        return embeddings.repeat(self.num_streams, 1, 1), positions
+        return torch.tensor([active] + [guided] * (self.num_streams - 1), device=self.prompt_ids.device).long()
 
 
 def banned_ids(config: Any, device: torch.device) -> Tensor:
@@ -337,13 +319,3 @@ def banned_ids(config: Any, device: torch.device) -> Tensor:
     codes = torch.arange(config.code_offset, config.code_offset + config.num_codes, device=device)
     names = ("image_token_id", "eoi_token_id", "pad_token_id", "bos_token_id")
     return torch.cat([codes, torch.tensor([getattr(config, name) for name in names], device=device)])
-
-
-def _pad_left(ids: Tensor, width: int, value: int) -> Tensor:
-    return torch.nn.functional.pad(ids, (width - ids.shape[1], 0), value=value)
-
-
-def positions_from_mask(attention_mask: Tensor) -> Tensor:
-    """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
-    positions = attention_mask.long().cumsum(-1) - 1
-    return positions.masked_fill(attention_mask == 0, 1)

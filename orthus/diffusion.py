@@ -1,7 +1,8 @@
 """Noise schedules, training targets and sampler steps: pure functions, in the space of scaled latents.
 
 Two objectives share one sampler form. A noised latent is `x_t = a_t x_0 + b_t eps`, the head regresses a target that is
-linear in `(x_0, eps)`, and every deterministic first-order step is `x' = c_x x + c_v v` with scalars known in advance.
+linear in `(x_0, eps)`, and every step of a deterministic solver is linear in the state, the head's output and one memory, with
+numbers known in advance: a solver is a table.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SOLVERS = ("ddim", "euler")
+SOLVERS = ("ddim", "euler", "dpm++2m", "heun")
+SPACINGS = ("trailing", "log_snr")
+LOG_SNR_RANGE = (-5.1, 3.5)  # log(signal / spread) of the second and the last node of spacing "log_snr"
 
 
 def zero_terminal_snr_alphas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:
@@ -37,36 +40,119 @@ def trailing_timesteps(num_diffusion_steps: int, num_train_timesteps: int) -> Te
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The constants of a sampler run: `times` `(S,)` as the head wants them, and `x' = c_x x + c_v v` per step `(S,)`."""
+class Nodes:
+    """Where a sampler evaluates the head: `times` `(S,)` as the head wants them, `signal` and `spread` `(S,)` of
+    `x = signal x_0 + spread eps` there, `next_signal` and `next_spread` where each step leads; the last leads to data (1, 0).
+    `data` and `noise` `(S, 2)` are the coefficients of `(x, v)` in what `v` says about `x_0` and `eps`. All in float64."""
 
     times: Tensor
-    c_x: Tensor
-    c_v: Tensor
+    signal: Tensor
+    spread: Tensor
+    next_signal: Tensor
+    next_spread: Tensor
+    data: Tensor
+    noise: Tensor
 
 
-def ddim_steps(alphas_cumprod: Tensor, num_diffusion_steps: int) -> Steps:
-    """DDIM (eta 0) for v-prediction with trailing spacing; the step after the last one has alpha 1.
+@dataclass(frozen=True)
+class Steps:
+    """A sampler run as a table: `times` `(S,)`, and at each evaluation `v` of the head, with state `x` and memory `m` (first 0),
+    `x' = state . (x, v, m)` and `m' = memory . (x, v, m)`, both `(S, 3)`."""
 
-    With `x_0 = sqrt(a) x - sqrt(1-a) v` and `eps = sqrt(a) v + sqrt(1-a) x`, DDIM's `x' = sqrt(a') x_0 + sqrt(1-a') eps`
-    (arXiv 2010.02502, eq. 12) is linear in `(x, v)`.
+    times: Tensor
+    state: Tensor
+    memory: Tensor
+
+
+def v_prediction_nodes(alphas_cumprod: Tensor, num_diffusion_steps: int, spacing: str = "trailing") -> Nodes:
+    """Nodes among the training steps of a variance-preserving schedule, the first in pure noise.
+
+    `"trailing"`: evenly spaced steps, as published; `"log_snr"`: evenly spaced in log(signal / spread) (arXiv 2206.00927).
     """
-    times = trailing_timesteps(num_diffusion_steps, len(alphas_cumprod))
-    alpha = alphas_cumprod.double()[times]
-    # The previous step is `times - spacing`, which for an uneven spacing is not the next entry of `times`.
-    previous = times - len(alphas_cumprod) // num_diffusion_steps
-    alpha_prev = torch.where(previous >= 0, alphas_cumprod.double()[previous.clamp(min=0)], 1.0)
-    c_x = (alpha * alpha_prev).sqrt() + ((1 - alpha) * (1 - alpha_prev)).sqrt()
-    c_v = (alpha * (1 - alpha_prev)).sqrt() - ((1 - alpha) * alpha_prev).sqrt()
-    return Steps(times.float(), c_x.float(), c_v.float())
+    num_train = len(alphas_cumprod)
+    alphas = alphas_cumprod.double()
+    if spacing == "trailing":
+        times = trailing_timesteps(num_diffusion_steps, num_train)
+    else:
+        wanted = torch.linspace(LOG_SNR_RANGE[0], LOG_SNR_RANGE[1], num_diffusion_steps - 1, dtype=torch.float64)
+        log_snr = 0.5 * (alphas / (1 - alphas)).log()
+        nearest = (log_snr - wanted.unsqueeze(-1)).abs().argmin(-1)
+        times = torch.cat([torch.tensor([num_train - 1]), nearest])
+        for index in range(1, num_diffusion_steps):  # each training step at most once
+            times[index] = min(int(times[index]), int(times[index - 1]) - 1)
+        if times[-1] < 0:
+            raise ValueError(f"num_diffusion_steps={num_diffusion_steps} is too many for spacing='log_snr'; use 'trailing'")
+    # Where `num_diffusion_steps` does not divide the training steps, `diffusers` steps to `time - floor(spacing)` and then
+    # evaluates somewhere else; each step leads to the next node here, also then.
+    alpha, next_alpha = alphas[times], torch.cat([alphas[times[1:]], torch.ones(1, dtype=torch.float64)])
+    signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+    data, noise = torch.stack([signal, -spread], -1), torch.stack([spread, signal], -1)
+    return Nodes(times.float(), signal, spread, next_alpha.sqrt(), (1 - next_alpha).sqrt(), data, noise)
 
 
-def euler_steps(num_diffusion_steps: int) -> Steps:
-    """Euler steps of `dx/dt = v` from t = 1 (noise) to t = 0 (data) for flow matching (arXiv 2210.02747)."""
+def flow_nodes(num_diffusion_steps: int, spacing: str = "trailing") -> Nodes:
+    """Nodes of the straight path from t = 1 (noise) to t = 0 (data) for flow matching (arXiv 2210.02747)."""
     if num_diffusion_steps < 1:
         raise ValueError(f"num_diffusion_steps must be at least 1, got {num_diffusion_steps}")
-    times = torch.linspace(1.0, 0.0, num_diffusion_steps + 1)
-    return Steps(times[:-1], torch.ones(num_diffusion_steps), times[1:] - times[:-1])
+    if spacing == "trailing":
+        times = torch.linspace(1.0, 0.0, num_diffusion_steps + 1, dtype=torch.float64)
+    else:
+        wanted = torch.linspace(LOG_SNR_RANGE[0], LOG_SNR_RANGE[1], num_diffusion_steps - 1, dtype=torch.float64)
+        ends = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        times = torch.cat([ends[0], torch.sigmoid(-wanted), ends[1]])
+    t, one = times[:-1], torch.ones(num_diffusion_steps, dtype=torch.float64)
+    data, noise = torch.stack([one, -t], -1), torch.stack([one, 1 - t], -1)
+    return Nodes(t.float(), 1 - t, t, 1 - times[1:], times[1:], data, noise)
+
+
+def ddim_steps(nodes: Nodes) -> Steps:
+    """`x' = a' x_0 + b' eps` (DDIM with eta 0, arXiv 2010.02502, eq. 12); on the straight path this is Euler's step."""
+    state = nodes.next_signal.unsqueeze(-1) * nodes.data + nodes.next_spread.unsqueeze(-1) * nodes.noise
+    zeros = torch.zeros(len(state), 1, dtype=state.dtype)
+    return Steps(nodes.times, torch.cat([state, zeros], -1), torch.zeros(len(state), 3, dtype=state.dtype))
+
+
+def _exponential(nodes: Nodes) -> tuple[Tensor, Tensor]:
+    """`(S,)` each: `x' = k_x x + k_d x_0` solves the step exactly for a constant `x_0` (arXiv 2211.01095, eq. 9)."""
+    k_x = nodes.next_spread / nodes.spread
+    return k_x, nodes.next_signal - nodes.signal * k_x
+
+
+def multistep_steps(nodes: Nodes) -> Steps:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); the memory is the last `x_0`. First order where log-SNR is infinite: in
+    the first step, in the second one of a schedule that starts in pure noise, and in the last one."""
+    k_x, k_d = _exponential(nodes)
+    log_snr = (nodes.signal / nodes.spread).log()
+    num = len(k_x)
+    state, memory = torch.zeros(num, 3, dtype=k_x.dtype), torch.zeros(num, 3, dtype=k_x.dtype)
+    memory[:, :2] = nodes.data
+    for i in range(num):
+        old = 0.0  # weight of the last x_0 in the extrapolation
+        if 0 < i < num - 1 and torch.isfinite(log_snr[i - 1]):
+            old = float((log_snr[i + 1] - log_snr[i]) / (log_snr[i] - log_snr[i - 1])) / 2
+        state[i, :2] = k_d[i] * (1 + old) * nodes.data[i]
+        state[i, 0] += k_x[i]
+        state[i, 2] = -k_d[i] * old
+    return Steps(nodes.times, state, memory)
+
+
+def heun_steps(nodes: Nodes, num_diffusion_steps: int) -> Steps:
+    """Trapezoidal rule for `x_0` in the exponential form: two evaluations a step, the second one at its end; the last step, which
+    has no end to evaluate at, and with an even number of evaluations the one before are of first order. The memory is the
+    corrected part of the step. `nodes` are the `num_diffusion_steps // 2 + 1` begins of the steps."""
+    k_x, k_d = _exponential(nodes)
+    rows: list[tuple[float, list[float], list[float]]] = []
+    for i, (time, (d_x, d_v)) in enumerate(zip(nodes.times.tolist(), nodes.data.tolist(), strict=True)):
+        x, d = float(k_x[i]), float(k_d[i])
+        full = [x + d * d_x, d * d_v, 0.0]
+        if i >= num_diffusion_steps - len(k_x):
+            rows.append((time, full, [0.0, 0.0, 0.0]))
+            continue
+        rows.append((time, full, [x + d / 2 * d_x, d / 2 * d_v, 0.0]))
+        e_x, e_v = nodes.data[i + 1].tolist()
+        rows.append((float(nodes.times[i + 1]), [d / 2 * e_x, d / 2 * e_v, 1.0], [0.0, 0.0, 0.0]))
+    times, state, memory = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
+    return Steps(times.float(), state, memory)
 
 
 def v_prediction_pair(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:

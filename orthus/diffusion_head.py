@@ -1,13 +1,14 @@
 """The diffusion head: an AdaLN MLP that owns the loss and the sampler of one image latent given one hidden state.
 
 The modulations of a block depend on the diffusion time and the condition but never on the noised latent. Sampling
-therefore computes them for all diffusion steps in one product per block before the loop; what stays sequential is the
-small part that sees `x`. Training and sampling call the same two functions, `modulations` and `denoise`.
+(`sampling.py`) therefore computes them for all diffusion steps in one product per block before the loop; what stays sequential is
+the small part that sees `x`. Training and sampling call the same two functions, `modulations` and `denoise`.
 """
 
 import math
+from dataclasses import replace
 from functools import lru_cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from transformers import initialization as init
 
 from orthus import diffusion
 from orthus.configuration import DiffusionHeadConfig
+from orthus.sampling import LatentSampler, Sampling
 
 MAX_PERIOD = 10_000
 
@@ -164,23 +166,35 @@ class DiffusionHead(nn.Module):
             return torch.randint(0, config.num_train_timesteps, (num,), device=device)
         return torch.sigmoid(torch.randn(num, device=device) * config.time_logit_std + config.time_logit_mean)
 
-    def sampler_steps(self, num_diffusion_steps: int | None, solver: str | None) -> diffusion.Steps:
-        """Constants of a sampler run. On the straight path of flow matching DDIM and Euler are the same step."""
-        solver = solver or "ddim"
-        if solver not in diffusion.SOLVERS:
-            raise ValueError(f"solver={solver!r} is not one of {', '.join(diffusion.SOLVERS)}")
-        num_diffusion_steps = self.config.num_diffusion_steps if num_diffusion_steps is None else num_diffusion_steps
+    @property
+    def modulation_dim(self) -> int:
+        """Numbers per latent, stream and diffusion step that [`modulations`] gives."""
+        return self.config.width * (3 * self.config.num_blocks + 2)
+
+    def resolve(self, sampling: Sampling) -> Sampling:
+        """`sampling` with what it leaves open taken from the config."""
+        names = ("num_diffusion_steps", "solver", "spacing")
+        return replace(sampling, **{name: getattr(sampling, name) or getattr(self.config, name) for name in names})
+
+    def sampler_steps(self, sampling: Sampling) -> diffusion.Steps:
+        """Table of a sampler run. On the straight path of flow matching DDIM and Euler are the same step."""
+        sampling = self.resolve(sampling)
+        num, solver, spacing = sampling.num_diffusion_steps, sampling.solver, sampling.spacing
+        assert num is not None and solver is not None and spacing is not None
+        if self.config.objective != "flow_matching" and solver == "euler":
+            raise ValueError("solver='euler' needs objective=flow_matching; this head has v_prediction: use ddim")
+        num_nodes = num // 2 + 1 if solver == "heun" else num
         if self.config.objective == "flow_matching":
-            return diffusion.euler_steps(num_diffusion_steps)
-        if solver != "ddim":
-            raise ValueError(f"solver={solver!r} needs objective=flow_matching; this head has v_prediction: use ddim")
-        return diffusion.ddim_steps(self.alphas_cumprod, num_diffusion_steps)
+            nodes = diffusion.flow_nodes(num_nodes, spacing)
+        else:
+            nodes = diffusion.v_prediction_nodes(self.alphas_cumprod, num_nodes, spacing)
+        if solver == "heun":
+            return diffusion.heun_steps(nodes, num)
+        return diffusion.multistep_steps(nodes) if solver == "dpm++2m" else diffusion.ddim_steps(nodes)
 
     def is_guided(self, times: Tensor, interval: tuple[float, float]) -> list[bool]:
         """Whether guidance acts at each of the sampler's `times` `(S,)`."""
         low, high = interval
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"guidance_interval={interval} is no interval within [0, 1]")
         unit = 1.0 if self.config.objective == "flow_matching" else self.config.num_train_timesteps
         return [low <= time / unit <= high for time in times.tolist()]
 
@@ -193,11 +207,9 @@ class DiffusionHead(nn.Module):
         uncond: Tensor | None = None,
         image_cond: Tensor | None = None,
         image_guidance: float | Tensor | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_diffusion_steps: int | None = None,
-        solver: str | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        **options: Any,
     ) -> Tensor:
         """Draw raw latents `(N, C)` for hidden states `cond` `(N, D)`.
 
@@ -206,30 +218,18 @@ class DiffusionHead(nn.Module):
             uncond: `(N, D)` hidden states of the unconditional stream, needed when guidance is not 1.
             image_cond: `(N, D)` of the stream that sees the picture but not the instruction (editing):
                 `v = v_uncond + image_guidance (v_image - v_uncond) + guidance (v_cond - v_image)`.
-            guidance_interval: part of the diffusion time, 0 (data) to 1 (noise), in which guidance acts; outside of it the full
-                stream alone counts (arXiv 2404.07724).
             noise: `(N, C)` standard normal start, shared by the streams; drawn with `generator` when None.
+            options: fields of [`Sampling`]: solver, num_diffusion_steps, guidance_interval, ...
         """
         if uncond is None and isinstance(guidance, (int, float)) and guidance != 1.0:
             raise ValueError(f"guidance={guidance} needs uncond, the hidden states of the unconditional stream")
         if image_cond is not None and (uncond is None or image_guidance is None):
             raise ValueError("image_cond needs both uncond and image_guidance (three-stream editing guidance)")
-        dtype = self.input_proj.weight.dtype
-        streams = torch.stack([stream.to(dtype) for stream in (cond, image_cond, uncond) if stream is not None])
+        streams = torch.stack([stream for stream in (cond, image_cond, uncond) if stream is not None])
         shape = (len(cond), self.config.latent_dim)
-        state_dtype = torch.promote_types(dtype, torch.float32)
         if noise is None:
-            noise = torch.randn(shape, generator=generator, device=cond.device, dtype=state_dtype)
+            dtype = torch.promote_types(self.input_proj.weight.dtype, torch.float32)
+            noise = torch.randn(shape, generator=generator, device=cond.device, dtype=dtype)
         elif tuple(noise.shape) != shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {shape} (one row per latent)")
-        x = noise.to(state_dtype)
-        steps = self.sampler_steps(num_diffusion_steps, solver)
-        times = self.embed_times(steps.times.to(cond.device))  # (S, W)
-        conditioning = times[:, None, None] + self.cond_embed(streams)  # (S, streams, N, W)
-        modulations = self.modulations(conditioning)
-        guided = self.is_guided(steps.times, guidance_interval)
-        for index, (c_x, c_v) in enumerate(zip(steps.c_x.tolist(), steps.c_v.tolist(), strict=True)):
-            used = len(streams) if guided[index] else 1
-            v = self.denoise(x.to(dtype).expand(used, *shape), [modulation[index, :used] for modulation in modulations])
-            x = c_x * x + c_v * diffusion.guide(v.to(state_dtype), guidance, image_guidance)
-        return x / self.config.latent_scale
+        return LatentSampler(self, Sampling(**options)).draw(streams, noise, guidance, image_guidance)

@@ -4,7 +4,7 @@ Text alone is written by `transformers`' own loop; images, and text in which row
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from orthus.decoding import DecodingLoop, Drawing, Limits, Prompt, RandomChoice, Row, Writing, banned_ids
+from orthus.backbone_rows import Prompt
+from orthus.decoding import DecodingLoop, Drawing, Limits, RandomChoice, Row, Writing, banned_ids
+from orthus.sampling import EXACT, Sampling
 
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
@@ -62,9 +64,8 @@ class OrthusGenerationMixin(GenerationMixin):
         image_guidance: float | None = None,
         image_negative_input_ids: Tensor | None = None,
         image_negative_attention_mask: Tensor | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
-        num_diffusion_steps: int | None = None,
-        solver: str | None = None,
+        preset: str | None = None,
+        image_prefix: Tensor | None = None,
         max_images: int | None = None,
         force_image: bool = False,
         max_new_tokens: int | None = None,
@@ -79,9 +80,10 @@ class OrthusGenerationMixin(GenerationMixin):
         streamer: Any = None,
         generator: Generators = None,
         noise: Tensor | None = None,
+        acceleration: str = "auto",
         decode: bool = True,
         on_position: Callable[[int], None] | None = None,
-        **text_options: Any,
+        **options: Any,
     ) -> OrthusGenerateOutput:
         """Continue each prompt of a batch.
 
@@ -95,7 +97,8 @@ class OrthusGenerationMixin(GenerationMixin):
             text_guidance: the same for the tokens that a row writes before its first image: what it says that it will draw.
             image_guidance: weight of the picture in editing, with `image_negative_input_ids` `(1 | B, P'')`: the prompt with its
                 images and without its text.
-            guidance_interval: part of the diffusion time in which guidance acts; see [`DiffusionHead.sample`].
+            preset: `"exact"`: the published sampler (DDIM, 100 steps) whatever the head's config says.
+            image_prefix: `(B, P, C)` raw latents with which each row's first image begins, for `"image"`: the rest is drawn.
             max_images: images per row (default as many as `noise` holds, else 1 for `"image"`, 4 for `"interleaved"`).
             force_image: a row that would end without an image draws one instead.
             max_new_tokens: bound on new positions per row, image positions included.
@@ -107,15 +110,18 @@ class OrthusGenerationMixin(GenerationMixin):
                 latents as they are drawn if it has `put_latents`; see [`orthus.streaming.SegmentStreamer`].
             generator: one generator, or one per row of the output (draws that do not depend on the rest of the batch).
             noise: `(B, max_images, L, C)` standard normal draws to replay.
+            acceleration: `"auto"` (captured graphs on CUDA), `"none"`, `"compile"` or `"graph"`; on a CPU weights are packed.
             decode: also return pixels.
             on_position: called with the number of positions done, once per backbone call.
-            text_options: for `"text"` alone: the other options of `transformers`' `generate` (`generation_config`, `num_beams`,
-                `max_length`, `cache_implementation`, ...) but those that ask for more than sequences.
+            options: fields of [`orthus.sampling.Sampling`] (`solver`, `num_diffusion_steps`, `guidance_interval`, ...).
+                For `"text"` alone: the other options of `transformers`' `generate` (`generation_config`, `num_beams`,
+                `max_length`, `cache_implementation`, `prompt_lookup_num_tokens`, ...) but those that ask for more than sequences.
 
         Raises:
             ValueError: unknown modality or option, missing unconditional prompt, too long a prompt, noise of the wrong shape.
         """
         model = cast("OrthusForConditionalGeneration", self)
+        sampling, text_options = _sampling(preset, options)
         mask = _checked_mask("input_ids", input_ids, attention_mask)
         latents = model._resolve_latents(pixel_values, image_latents)
         with_beams = modality == "text" and text_options.get("num_beams", 1) != 1
@@ -130,8 +136,8 @@ class OrthusGenerationMixin(GenerationMixin):
         if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
             max_images = noise.shape[1]
         limits = _limits(model, modality, max_new_tokens, max_images, force_image, streams)
-        drawing = Drawing(guidance, image_guidance, guidance_interval, num_diffusion_steps, solver, noise, generator)
-        _check_draws(model, drawing, len(prompt.input_ids), limits.max_images)
+        drawing = Drawing(guidance, image_guidance, sampling, noise, generator, image_prefix, acceleration)
+        _check_draws(model, drawing, len(prompt.input_ids), limits)
         processors = LogitsProcessorList([*(logits_processor or ()), *_warpers(do_sample, temperature, top_k, top_p, min_p)])
         choice = RandomChoice(generator) if do_sample else None
         if choice and text_options.get("num_beams", 1) != 1:
@@ -177,6 +183,18 @@ class OrthusGenerationMixin(GenerationMixin):
             pictures = {"image_latents": _repeat_pictures(model, input_ids, latents, expand_size)}
         ids, inputs = cast(Any, super())._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **inputs)
         return ids, {**inputs, **pictures}
+
+
+def _sampling(preset: str | None, options: dict[str, Any]) -> tuple[Sampling, dict[str, Any]]:
+    """How latents are drawn, and the options that are not about that."""
+    if preset not in (None, "exact"):
+        raise ValueError(f"preset={preset!r} is unknown; use 'exact' or leave it out")
+    names = {field.name for field in fields(Sampling)}
+    given = {name: value for name, value in options.items() if name in names}
+    clash = [name for name in ("solver", "num_diffusion_steps", "spacing", "step_schedule") if preset and name in given]
+    if clash:
+        raise ValueError(f"preset='exact' sets {', '.join(clash)}; drop one of them")
+    return replace(EXACT if preset else Sampling(), **given), {k: v for k, v in options.items() if k not in names}
 
 
 def _warpers(do_sample: bool, temperature: float, top_k: int, top_p: float, min_p: float) -> list[Any]:
@@ -334,14 +352,21 @@ def _window(text_config: Any) -> int | None:
     return None if kinds is not None and "sliding_attention" not in kinds else getattr(text_config, "sliding_window", None)
 
 
-def _check_draws(model: "OrthusForConditionalGeneration", drawing: Drawing, num_rows: int, max_images: int) -> None:
+def _check_draws(model: "OrthusForConditionalGeneration", drawing: Drawing, num_rows: int, limits: Limits) -> None:
     if isinstance(drawing.generator, list) and len(drawing.generator) != num_rows:
         raise ValueError(f"generator is a list of {len(drawing.generator)}, expected one per row: {num_rows}")
+    num_latents, latent_dim = model.config.num_latents, model.config.head_config.latent_dim
+    if drawing.prefix is not None:
+        shape = tuple(drawing.prefix.shape)
+        if limits.modality != "image" or len(shape) != 3 or (shape[0], shape[2]) != (num_rows, latent_dim):
+            wanted = (num_rows, "P", latent_dim)
+            raise ValueError(f"image_prefix has shape {shape}; it needs modality='image' and shape {wanted}")
+        if not 1 <= shape[1] < num_latents:
+            raise ValueError(f"image_prefix holds {shape[1]} latents of an image, expected 1 to {num_latents - 1}")
     if drawing.noise is None:
         return
-    head = model.config.head_config
-    shape, expected = tuple(drawing.noise.shape), (num_rows, max_images, model.config.num_latents, head.latent_dim)
-    if len(shape) != 4 or shape[0] != num_rows or shape[1] < max_images or shape[2:] != expected[2:]:
+    shape, expected = tuple(drawing.noise.shape), (num_rows, limits.max_images, num_latents, latent_dim)
+    if len(shape) != 4 or shape[0] != num_rows or shape[1] < limits.max_images or shape[2:] != expected[2:]:
         raise ValueError(f"noise has shape {shape}, expected (num_rows, num_images, num_latents, latent_dim) = {expected}")
 
 

@@ -16,9 +16,9 @@ from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from orthus import adapters, loading, remote_code
 from orthus import autoencoder as _autoencoder  # noqa: F401  (registers the autoencoders with AutoConfig and AutoModel)
+from orthus.backbone_rows import positions_from_mask
 from orthus.configuration import IGNORE_INDEX, OrthusConfig
 from orthus.conversion import IGNORED_KEYS, PUBLISHED_KEY_MAPPING
-from orthus.decoding import positions_from_mask
 from orthus.diffusion_head import DiffusionHead, init_layer
 from orthus.generation import OrthusGenerationMixin
 from orthus.soft_vq import LatentEmbedding

@@ -201,8 +201,8 @@ def test_refusals(model: OrthusForConditionalGeneration) -> None:
         model.generate(ids, modality="image", noise=torch.zeros(2, 1, 4, 3))
     with pytest.raises(ValueError, match="limit of 96"):
         model.generate(torch.full((1, 90), 10), modality="image", max_images=2)
-    with pytest.raises(ValueError, match="solver='heun'"):
-        model.generate(ids, modality="image", solver="heun")
+    with pytest.raises(ValueError, match="solver='unipc'"):
+        model.generate(ids, modality="image", solver="unipc")
     with pytest.raises(ValueError, match="pad on the left"):
         model.generate(torch.tensor([[0, 10, SEP, 1]]), torch.tensor([[1, 1, 1, 0]]), modality="text")
     with pytest.raises(ValueError, match=r"mask of input_ids has shape \(1, 5\)"):

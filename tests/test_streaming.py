@@ -108,3 +108,16 @@ def test_a_streamer_can_be_used_again(model: OrthusForConditionalGeneration, pro
     for _ in range(2):
         model.generate(streamer=streamer, **request(processor, PROMPTS[:1]))
     assert len(events) % 2 == 0 and [type(e) for e in events[: len(events) // 2]] == [type(e) for e in events[len(events) // 2 :]]
+
+
+def test_an_image_that_is_begun_streams_from_its_beginning(
+    model: OrthusForConditionalGeneration, processor: OrthusProcessor
+) -> None:
+    options = {**request(processor, PROMPTS[:1]), "modality": "image", "max_images": 1}
+    whole = model.generate(**options)
+    options["generator"] = [torch.Generator().manual_seed(5)]
+    events = list(stream(model, processor, preview_every=2, image_prefix=whole.image_latents[0][:, :3], **options))
+    previews = [event for event in events if isinstance(event, ImagePreview)]
+    assert [event.num_drawn for event in previews] == list(range(2, 17, 2)) and previews[-1].is_final
+    assert isinstance(events[-1], Finished) and torch.equal(events[-1].output.sequences, whole.sequences)
+    assert torch.equal(events[-1].output.image_latents[0][:, :3], whole.image_latents[0][:, :3])

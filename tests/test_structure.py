@@ -8,9 +8,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("orthus", "train", "eval", "demo") for path in (ROOT / folder).rglob("*.py"))
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 60
-# Without the inside of the small world, which is one of many data sets. Raised when LoRA, foreign backbones, streaming and
-# self-contained folders came: modeling.py imports what they hook into, a batch passes none of them.
-MAX_TRAINING_FILES, MAX_TRAINING_LINES = 29, 5500
+# Without the inside of the small world, which is one of many data sets, and without `generate`, which the model class inherits: a
+# batch passes none of it. Raised when LoRA, foreign backbones, self-contained folders and samplers came, for the same reason.
+MAX_TRAINING_FILES, MAX_TRAINING_LINES = 30, 5500
 # Top of the list may import what is below it, never above.
 LAYERS = [
     ("demo", "eval", "train"),
@@ -28,8 +28,11 @@ LAYERS = [
     ("orthus.loading",),
     ("orthus.generation", "orthus.adapters"),
     ("orthus.decoding",),
+    ("orthus.backbone_rows",),
     ("orthus.foreign_autoencoders",),
     ("orthus.diffusion_head", "orthus.soft_vq", "orthus.autoencoder", "orthus.text_head"),
+    ("orthus.sampling",),
+    ("orthus.acceleration",),
     ("orthus.diffusion", "orthus.configuration"),
     ("orthus.conversion", "orthus.remote_code"),
 ]
@@ -114,6 +117,6 @@ def test_a_batch_can_be_followed_from_yaml_to_loss() -> None:
         name = pending.pop()
         reached.add(name)
         pending |= {target for target in imports(by_name[name]) - reached if not target.startswith("orthus.data.world")}
-        pending -= {"orthus"}
+        pending -= {"orthus", "orthus.generation"}
     num_lines = sum(len(by_name[name].read_text().splitlines()) for name in reached)
     assert len(reached) <= MAX_TRAINING_FILES and num_lines <= MAX_TRAINING_LINES, (len(reached), num_lines)

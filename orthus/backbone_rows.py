@@ -1,0 +1,175 @@
+"""The backbone's side of decoding: rows of all guidance streams with one mask, one cache and their positions.
+
+Rows are stream-major. A stream that restarts at each image (guidance) hides the columns after its prompt and starts its positions
+again, so one cache serves all rows and streams.
+"""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from orthus import acceleration as ways
+
+if TYPE_CHECKING:
+    from orthus.modeling import OrthusForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One stream's prompts, `(B, P)`, left-padded, with the latents of their images `(N, L, C)`."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    image_latents: Tensor | None
+
+
+class BackboneRows:
+    """Feeds embeddings of `B` rows in each of several streams and returns the hidden states of their last position.
+
+    `acceleration` is `"none"`, `"compile"` or `"graph"`; the last two keep a static cache of `width + max_new_positions` columns.
+    `may_fall_back`: where a graph cannot be captured, warn and go on without.
+    """
+
+    def __init__(
+        self,
+        model: "OrthusForConditionalGeneration",
+        streams: list[Prompt],
+        max_new_positions: int,
+        acceleration: str = "none",
+        may_fall_back: bool = False,
+    ) -> None:
+        self.model, self.may_fall_back = model, may_fall_back
+        self.num_streams, self.num_rows = len(streams), len(streams[0].input_ids)
+        self.width = max(stream.input_ids.shape[1] for stream in streams)
+        ids = [pad_left(stream.input_ids, self.width, model.config.pad_token_id) for stream in streams]
+        self.input_ids = torch.cat(ids)
+        self.latents = [stream.image_latents for stream in streams if stream.image_latents is not None]
+        known = torch.cat([pad_left(stream.attention_mask, self.width, 0) for stream in streams]).long()
+        self.mask = torch.nn.functional.pad(known, (0, max_new_positions))  # of all columns that there will ever be
+        self.prompt_lengths = known.sum(-1)
+        self.positions = self.prompt_lengths.clone()
+        self.num_columns = self.width
+        self.is_static = acceleration != "none"
+        self.cache: Any = DynamicCache(config=model.config.text_config)
+        self.graphs = ways.Graphs() if acceleration == "graph" or (acceleration == "compile" and ids[0].is_cuda) else None
+        self.forward = ways.compiled(_forward) if acceleration == "compile" else _forward
+
+    def read_prompts(self) -> Tensor:
+        """Feed all prompts, equal ones once; hidden states `(streams, B, D)` of their last positions."""
+        latents = torch.cat(self.latents) if self.latents else None
+        known, config = self.mask[:, : self.width], self.model.config
+        rows, copies = _unique_rows(self.input_ids, known, latents, config)
+        if latents is not None:
+            split = _per_row(self.input_ids, latents, config)
+            latents = torch.cat([split[row] for row in rows])
+        embeddings = self.model.embed_inputs(self.input_ids[rows], latents)
+        hidden = _forward(self.model.backbone, self.cache, known[rows], embeddings, positions_from_mask(known)[rows])
+        if len(rows) < len(copies):
+            self.cache.batch_select_indices(copies)
+        if self.is_static:
+            self.cache = _as_static(self.cache, self.mask.shape[1], self.model.config.text_config)
+        return hidden[copies].unflatten(0, (self.num_streams, self.num_rows))
+
+    def feed(self, embeddings: Tensor, visible: Tensor) -> Tensor:
+        """One or more columns `embeddings` `(B, T, D)`, for all streams alike, seen from now on where `visible` `(streams, B)`.
+        Returns hidden states `(streams, B, D)` of the last of them."""
+        added, seen = embeddings.shape[1], visible.flatten()
+        self.mask[:, self.num_columns : self.num_columns + added] = seen.unsqueeze(-1)
+        positions = self.positions.unsqueeze(-1) + torch.arange(added, device=seen.device)
+        self.positions = self.positions + added * seen
+        self.num_columns += added
+        embeddings = embeddings.repeat(self.num_streams, 1, 1)
+        if not self.is_static:
+            hidden = _forward(self.model.backbone, self.cache, self.mask[:, : self.num_columns], embeddings, positions)
+        elif added > 1:
+            hidden = _forward(self.model.backbone, self.cache, self.mask, embeddings, positions)
+        else:
+            graphs = self.graphs
+            hidden = self._step(embeddings, positions) if graphs is None else self._replay(graphs, embeddings, positions)
+        return hidden.unflatten(0, (self.num_streams, self.num_rows))
+
+    def restart(self, index: int) -> None:
+        """Let the guidance streams of a row forget all but their prompt."""
+        for stream in range(1, self.num_streams):
+            row = stream * self.num_rows + index
+            self.mask[row, self.width : self.num_columns] = 0
+            self.positions[row] = self.prompt_lengths[row]
+
+    def _step(self, embeddings: Tensor, positions: Tensor) -> Tensor:
+        """A step on the static cache; reads nothing that moves."""
+        return self.forward(self.model.backbone, self.cache, self.mask, embeddings, positions)
+
+    def _replay(self, graphs: ways.Graphs, embeddings: Tensor, positions: Tensor) -> Tensor:
+        if not graphs.captured:
+            try:
+                with _lengths_kept(self.cache):
+                    graphs.capture("backbone", self._step, embeddings, positions)
+            except RuntimeError as error:
+                if not self.may_fall_back:
+                    raise
+                warnings.warn(f"the backbone cannot be captured as a graph ({error}); it runs without", stacklevel=2)
+                self.graphs = None
+                return self._step(embeddings, positions)
+        return graphs("backbone", self._step, embeddings, positions)
+
+
+def _forward(backbone: Any, cache: Any, mask: Tensor, embeddings: Tensor, positions: Tensor) -> Tensor:
+    """Hidden states `(R, D)` of the last positions; keys and values go into `cache`."""
+    outputs = backbone(
+        inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
+    return cast(Tensor, outputs.last_hidden_state[:, -1])
+
+
+@contextmanager
+def _lengths_kept(cache: Any) -> Iterator[None]:
+    """Steps made within do not count: what they wrote is written again."""
+    lengths = [layer.cumulative_length.clone() for layer in cache.layers]
+    try:
+        yield
+    finally:
+        for layer, length in zip(cache.layers, lengths, strict=True):
+            layer.cumulative_length.copy_(length)
+
+
+def _as_static(cache: Any, num_columns: int, text_config: Any) -> StaticCache:
+    """The columns of a dynamic cache in a static one with room for `num_columns`."""
+    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
+        raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use acceleration='none'")
+    static = StaticCache(config=text_config, max_cache_len=num_columns)
+    for index, layer in enumerate(cache.layers):
+        static.update(layer.keys, layer.values, index)
+    return static
+
+
+def _unique_rows(ids: Tensor, mask: Tensor, latents: Tensor | None, config: Any) -> tuple[list[int], Tensor]:
+    """Places of the first of each group of equal prompts, and for every row which of these it equals."""
+    split = [] if latents is None else _per_row(ids, latents, config)
+    pictures = [row.float().cpu().numpy().tobytes() for row in split] or [b""] * len(ids)
+    keys = [(tuple(i), tuple(m), p) for i, m, p in zip(ids.tolist(), mask.tolist(), pictures, strict=True)]
+    places: dict[Any, int] = {}
+    for place, key in enumerate(keys):
+        places.setdefault(key, place)
+    order = {key: number for number, key in enumerate(places)}
+    return list(places.values()), torch.tensor([order[key] for key in keys], device=ids.device)
+
+
+def _per_row(ids: Tensor, latents: Tensor, config: Any) -> tuple[Tensor, ...]:
+    """Latents `(N, L, C)` of the pictures in all rows of `ids`, split by row."""
+    return latents.split(((ids == config.image_token_id).sum(-1) // config.num_latents).tolist())
+
+
+def pad_left(ids: Tensor, width: int, value: int) -> Tensor:
+    return torch.nn.functional.pad(ids, (width - ids.shape[1], 0), value=value)
+
+
+def positions_from_mask(attention_mask: Tensor) -> Tensor:
+    """Positions `(B, T)` that count real tokens; padding gets 1, as in the published code."""
+    positions = attention_mask.long().cumsum(-1) - 1
+    return positions.masked_fill(attention_mask == 0, 1)
