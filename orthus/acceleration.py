@@ -105,15 +105,16 @@ class Graphs:
     def capture(self, key: Any, function: Callable[..., Tensor], *arguments: Tensor) -> None:
         """Record `function` for arguments like these; it runs a few times, with every side effect that it has."""
         inputs = tuple(argument.clone(memory_format=torch.contiguous_format) for argument in arguments)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_CALLS):  # libraries choose kernels and allocate workspaces outside of the graph
-                function(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
-            output = function(*inputs)
+        with torch.cuda.device(inputs[0].device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP_CALLS):  # libraries choose kernels and allocate workspaces outside of the graph
+                    function(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = function(*inputs)
         self.pool = graph.pool()
         self.captured[_key(key, arguments)] = (graph, inputs, output)
 

@@ -19,6 +19,8 @@ from orthus import acceleration as ways
 if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
 
+STATIC_BLOCK = 2048  # columns by which a static cache grows; each time its graph is captured anew
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -32,7 +34,7 @@ class Prompt:
 class BackboneRows:
     """Feeds embeddings of `B` rows in each of several streams and returns the hidden states of their last position.
 
-    `acceleration` is `"none"`, `"compile"` or `"graph"`; the last two keep a static cache of `width + max_new_positions` columns.
+    `acceleration` is `"none"`, `"compile"` or `"graph"`; the last two keep a static cache, which grows by blocks.
     `may_fall_back`: where a graph cannot be captured, warn and go on without.
     """
 
@@ -55,6 +57,7 @@ class BackboneRows:
         self.prompt_lengths = known.sum(-1)
         self.positions = self.prompt_lengths.clone()
         self.num_columns = self.width
+        self.capacity = 0  # columns of the static cache
         self.is_static = acceleration != "none"
         self.cache: Any = DynamicCache(config=model.config.text_config)
         self.graphs = ways.Graphs() if acceleration == "graph" or (acceleration == "compile" and ids[0].is_cuda) else None
@@ -73,7 +76,7 @@ class BackboneRows:
         if len(rows) < len(copies):
             self.cache.batch_select_indices(copies)
         if self.is_static:
-            self.cache = _as_static(self.cache, self.mask.shape[1], self.model.config.text_config)
+            self._grow(self.width)
         return hidden[copies].unflatten(0, (self.num_streams, self.num_rows))
 
     def feed(self, embeddings: Tensor, visible: Tensor) -> Tensor:
@@ -84,11 +87,13 @@ class BackboneRows:
         positions = self.positions.unsqueeze(-1) + torch.arange(added, device=seen.device)
         self.positions = self.positions + added * seen
         self.num_columns += added
+        if self.is_static and self.num_columns > self.capacity:
+            self._grow(self.num_columns - added)
         embeddings = embeddings.repeat(self.num_streams, 1, 1)
         if not self.is_static:
             hidden = _forward(self.model.backbone, self.cache, self.mask[:, : self.num_columns], embeddings, positions)
         elif added > 1:
-            hidden = _forward(self.model.backbone, self.cache, self.mask, embeddings, positions)
+            hidden = _forward(self.model.backbone, self.cache, self.mask[:, : self.capacity], embeddings, positions)
         else:
             graphs = self.graphs
             hidden = self._step(embeddings, positions) if graphs is None else self._replay(graphs, embeddings, positions)
@@ -103,7 +108,17 @@ class BackboneRows:
 
     def _step(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """A step on the static cache; reads nothing that moves."""
-        return self.forward(self.model.backbone, self.cache, self.mask, embeddings, positions)
+        return self.forward(self.model.backbone, self.cache, self.mask[:, : self.capacity], embeddings, positions)
+
+    def _grow(self, known: int) -> None:
+        """Move the `known` columns of the cache into a static one with room for those fed now and a block more."""
+        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
+            raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use acceleration='none'")
+        self.capacity = min(self.num_columns + STATIC_BLOCK, self.mask.shape[1])
+        static = StaticCache(config=self.model.config.text_config, max_cache_len=self.capacity)
+        for index, layer in enumerate(self.cache.layers):
+            static.update(layer.keys[:, :, :known], layer.values[:, :, :known], index)
+        self.cache, self.graphs = static, None if self.graphs is None else ways.Graphs()
 
     def _replay(self, graphs: ways.Graphs, embeddings: Tensor, positions: Tensor) -> Tensor:
         if not graphs.captured:
@@ -136,16 +151,6 @@ def _lengths_kept(cache: Any) -> Iterator[None]:
     finally:
         for layer, length in zip(cache.layers, lengths, strict=True):
             layer.cumulative_length.copy_(length)
-
-
-def _as_static(cache: Any, num_columns: int, text_config: Any) -> StaticCache:
-    """The columns of a dynamic cache in a static one with room for `num_columns`."""
-    if any(getattr(layer, "is_sliding", False) for layer in cache.layers):
-        raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use acceleration='none'")
-    static = StaticCache(config=text_config, max_cache_len=num_columns)
-    for index, layer in enumerate(cache.layers):
-        static.update(layer.keys, layer.values, index)
-    return static
 
 
 def _unique_rows(ids: Tensor, mask: Tensor, latents: Tensor | None, config: Any) -> tuple[list[int], Tensor]:

@@ -1,11 +1,11 @@
-"""Fast ways of drawing latents against plain ones: look-ahead, chunks, packed weights, groups of rows, static cache, compilation."""
+"""Fast ways of drawing latents against plain ones: look-ahead, chunks, packed weights, groups of rows, static cache, compiling."""
 
 import pytest
 import torch
 from conftest import tiny_model
 from torch import Tensor, nn
 
-from orthus import acceleration, sampling
+from orthus import acceleration, backbone_rows, sampling
 from orthus.backbone_rows import BackboneRows, Prompt
 from orthus.diffusion_head import DiffusionHead
 from orthus.sampling import LatentSampler, Sampling
@@ -179,9 +179,21 @@ class Replaying:
         return self.captured[key](*arguments)
 
 
-def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, **options) -> tuple[Tensor, Tensor]:
+BACKBONES: dict[str, dict] = {
+    "llama": {},
+    "chameleon": {"vocabulary_map": {"<image>": 7}, "num_key_value_heads": 4},
+    "qwen3": {"head_dim": 8, "max_position_embeddings": 96, "num_key_value_heads": 2},
+    "gpt_neox": {"rotary_pct": 0.5, "max_position_embeddings": 96},
+}
+
+
+def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, family: str = "llama", **options) -> tuple[Tensor, Tensor]:
     """Latents of three rows and two images drawn plainly and in another way."""
-    model, noise = tiny_model(), torch.randn(3, 2, 4, 3)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    fields = {"model_type": family, **sizes, **BACKBONES[family]}
+    if family == "chameleon":
+        fields["vq_config"] = {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 8, "embed_dim": 4}
+    model, noise = tiny_model(**({} if family == "llama" else {"text_config": fields})), torch.randn(3, 2, 4, 3)
     options = {"modality": "image", "max_images": 2, "noise": noise, "guidance": 3.0, "negative_input_ids": UNCOND, **options}
     mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
     plain = model.generate(PROMPTS, mask, acceleration="none", **options)
@@ -193,8 +205,10 @@ def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, **options) -> tuple[Te
     return torch.stack(plain.image_latents), torch.stack(fast.image_latents)
 
 
-def test_static_cache_and_replayed_steps_equal_the_plain_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, fast = draw_twice(monkeypatch, "graph")
+@pytest.mark.parametrize("family", BACKBONES)
+def test_static_cache_and_replayed_steps_equal_the_plain_loop(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbone_rows, "STATIC_BLOCK", 6)  # so that the cache grows, twice
+    plain, fast = draw_twice(monkeypatch, "graph", family)
     torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-3)
 
 

@@ -241,3 +241,17 @@ def test_a_quantised_cache_answers_the_same() -> None:
     settings = {"backend": "quanto", "nbits": 4, "q_group_size": 32, "residual_length": 8}
     stored = model.generate(**inputs, modality="text", max_new_tokens=96, cache_implementation="quantized", cache_config=settings)
     assert processor.decode_segments(stored) == processor.decode_segments(plain)
+
+
+def test_prompt_lookup_writes_the_same_in_fewer_calls() -> None:
+    """Speculative decoding of `transformers`: what was written before is guessed to come again."""
+    folder = "checkpoints/orthus-small"
+    model, processor = OrthusForConditionalGeneration.from_pretrained(folder).eval(), OrthusProcessor.from_pretrained(folder)
+    picture = model.generate(**processor(segments=[["a photo of two blue stars"]]), modality="image", generator=torch.manual_seed(0))
+    inputs = processor(segments=[[*processor.decode_segments(picture)[0], "Describe the picture."]])
+    calls: list[int] = []
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    plain = model.generate(**inputs, modality="text").sequences
+    num_plain = len(calls)
+    assert torch.equal(model.generate(**inputs, modality="text", prompt_lookup_num_tokens=4).sequences, plain)
+    assert len(calls) - num_plain < num_plain
