@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from orthus.data.schema import Segment, Turn
+from orthus.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,21 @@ class Request:
 @dataclass(frozen=True)
 class Decoding:
     """How a task is decoded. `guidance` weighs the text; `image_guidance` (editing) the picture in the prompt; `text_guidance`
-    the prompt where words are written before a picture."""
+    the prompt where words are written before a picture. The others down to `guidance_rescale` are those of
+    [`orthus.sampling.Sampling`], None: as the model's own config says."""
 
     modality: str
     guidance: float = 1.0
     text_guidance: float = 1.0
     image_guidance: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    num_diffusion_steps: int = 20
+    num_diffusion_steps: int | None = None
     solver: str | None = None
+    spacing: str | None = None
+    step_schedule: str = "constant"
+    last_diffusion_steps: int | None = None
+    guidance_schedule: str = "constant"
+    guidance_rescale: float = 0.0
     max_new_tokens: int | None = None
     max_images: int | None = None
     force_image: bool = False
@@ -119,9 +126,7 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
         **inputs,
         **{name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in streams.items()},
         modality=decoding.modality,
-        guidance_interval=decoding.guidance_interval,
-        num_diffusion_steps=decoding.num_diffusion_steps,
-        solver=decoding.solver,
+        **{field.name: getattr(decoding, field.name) for field in fields(Sampling)},
         max_new_tokens=decoding.max_new_tokens,
         max_images=decoding.max_images,
         force_image=decoding.force_image,

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -40,6 +40,7 @@ from orthus.data.world.benchmark import story_items as make_story_items
 from orthus.data.world.dataset import WorldDataset
 from orthus.data.world.scene import Scene, WorldConfig
 from orthus.data.world.splits import fingerprint
+from orthus.sampling import Sampling
 from orthus.training.settings import differences, load_settings, to_dict
 
 ANSWER_TOKENS = 128
@@ -59,7 +60,7 @@ class Settings:
         as many pictures to describe.
     guidance, edit_guidance, story_guidance: weight of the text; image_guidance: of the picture that is edited.
     text_guidance: weight of the prompt in what the model says before it draws for a caption.
-    guidance_interval: part of the diffusion time in which guidance acts.
+    guidance_interval, ... guidance_rescale: how latents are drawn, as in `orthus.sampling.Sampling`; null: as the config says.
     mme_parser: official, lmms or strict.
     quantize: no, or the backbone's weights as int8 or int4: what that costs in quality (CPU speed is not what it is for).
     world: of the pictures that are shown, and of the scenes on which the grader is validated: `world.level=free`, ...
@@ -79,8 +80,13 @@ class Settings:
     story_guidance: float = 2.0
     text_guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 0.85)
-    num_diffusion_steps: int = 20
+    num_diffusion_steps: int | None = None
     solver: str | None = None
+    spacing: str | None = None
+    step_schedule: str = "constant"
+    last_diffusion_steps: int | None = None
+    guidance_schedule: str = "constant"
+    guidance_rescale: float = 0.0
     batch_size: int = 64
     held_out: bool = True
     mme_parser: str = "official"
@@ -89,7 +95,7 @@ class Settings:
     world: WorldConfig = WorldConfig()
 
     def __post_init__(self) -> None:
-        for name in ("num_per_task", "num_edits", "num_stories", "num_diffusion_steps", "batch_size"):
+        for name in ("num_per_task", "num_edits", "num_stories", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; give at least 1")
         for task in self.tasks:
@@ -97,6 +103,12 @@ class Settings:
                 raise ValueError(f"task {task!r} is unknown; use some of {', '.join(TASKS)}")
         if self.num_per_task % 4:
             raise ValueError(f"num_per_task={self.num_per_task}; give a multiple of 4 (question pictures come in twins)")
+        Sampling(**sampler_options(self))
+
+
+def sampler_options(settings: Settings) -> dict[str, Any]:
+    """The fields of [`Sampling`] among the settings."""
+    return {field.name: getattr(settings, field.name) for field in fields(Sampling)}
 
 
 @dataclass(frozen=True)
@@ -126,15 +138,8 @@ def make_items(settings: Settings) -> Items:
 
 def decodings(settings: Settings) -> dict[str, Decoding]:
     """How each task is decoded; recorded with the results."""
-    image = Decoding(
-        "image",
-        settings.guidance,
-        guidance_interval=settings.guidance_interval,
-        num_diffusion_steps=settings.num_diffusion_steps,
-        solver=settings.solver,
-        max_images=1,
-    )
-    text = Decoding("text", num_diffusion_steps=settings.num_diffusion_steps, max_new_tokens=ANSWER_TOKENS)
+    image = Decoding("image", settings.guidance, **sampler_options(settings), max_images=1)
+    text = Decoding("text", max_new_tokens=ANSWER_TOKENS)
     story = replace(image, modality="interleaved", guidance=settings.story_guidance)
     edit = replace(image, guidance=settings.edit_guidance, image_guidance=settings.image_guidance)
     if (edit.guidance, edit.image_guidance) == (1.0, 1.0):
@@ -228,15 +233,15 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
     return {**result, "seconds": seconds, "decoding": {name: asdict(d) for name, d in decodings(settings).items()}}
 
 
-def provenance(settings: Settings) -> dict[str, Any]:
-    """Where a result comes from: command, commit, weights, held-out split, versions and hardware."""
+def provenance(settings: Any, module: str = "eval.small_world") -> dict[str, Any]:
+    """Where a result of `python -m module` comes from: command, commit, weights, held-out split, versions and hardware."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     return {
-        "command": "python -m eval.small_world " + " ".join(sys.argv[1:]),
+        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
         "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "seed": settings.seed,
         "settings": to_dict(settings),
@@ -256,9 +261,9 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def check_manifest(folder: Path, settings: Settings) -> None:
-    """Refuse to mix answers of other weights or settings in one folder. Raises `ValueError` with what differs."""
-    kept = {name: value for name, value in to_dict(settings).items() if name not in ("output", "device", "mme_parser")}
+def check_manifest(folder: Path, settings: Any, free: Sequence[str] = ("output", "device", "mme_parser")) -> None:
+    """Refuse to mix answers of other weights or settings in one folder; `free` may differ. Raises `ValueError` with what does."""
+    kept = {name: value for name, value in to_dict(settings).items() if name not in free}
     manifest = {"settings": kept, "weights_sha256": weights_hash(Path(settings.model))}
     path = folder / "manifest.json"
     if path.exists():

@@ -113,7 +113,7 @@ class BackboneRows:
     def _grow(self, known: int) -> None:
         """Move the `known` columns of the cache into a static one with room for those fed now and a block more."""
         if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use acceleration='none'")
+            raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use 'none'")
         self.capacity = min(self.num_columns + STATIC_BLOCK, self.mask.shape[1])
         static = StaticCache(config=self.model.config.text_config, max_cache_len=self.capacity)
         for index, layer in enumerate(self.cache.layers):

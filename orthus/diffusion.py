@@ -12,7 +12,7 @@ from torch import Tensor
 
 SOLVERS = ("ddim", "euler", "dpm++2m", "heun")
 SPACINGS = ("trailing", "log_snr")
-LOG_SNR_RANGE = (-5.1, 3.5)  # log(signal / spread) of the second and the last node of spacing "log_snr"
+LOG_SNR_RANGE = (-3.0, 3.5)  # log(signal / spread) of the second and the last node of "log_snr" (docs/LOG.md)
 
 
 def zero_terminal_snr_alphas(num_steps: int, beta_start: float, beta_end: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fast ways of drawing latents against plain ones: look-ahead, chunks, packed weights, groups of rows, static cache, compiling."""
+"""Fast ways of drawing latents against plain ones: look-ahead, chunks, packed weights, groups of rows, static cache, compiled."""
 
 import pytest
 import torch

@@ -10,13 +10,14 @@ from PIL import Image
 from demo import sample
 from orthus.training.settings import load_settings
 from train.autoencoder import AutoencoderStage
+from train.distil import DistilStage
 from train.posttrain import PostStage
 from train.pretrain import BaseStage
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "orthus-small"
 STAGES = {"autoencoder": AutoencoderStage, "language": BaseStage, "base": PostStage, "posttrain": PostStage}
-STAGES |= {"from_language_model": PostStage}
+STAGES |= {"from_language_model": PostStage, "head": PostStage, "distil": DistilStage}
 needs_checkpoint = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="no shipped checkpoint yet")
 
 

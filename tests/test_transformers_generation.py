@@ -247,7 +247,8 @@ def test_prompt_lookup_writes_the_same_in_fewer_calls() -> None:
     """Speculative decoding of `transformers`: what was written before is guessed to come again."""
     folder = "checkpoints/orthus-small"
     model, processor = OrthusForConditionalGeneration.from_pretrained(folder).eval(), OrthusProcessor.from_pretrained(folder)
-    picture = model.generate(**processor(segments=[["a photo of two blue stars"]]), modality="image", generator=torch.manual_seed(0))
+    prompt = processor(segments=[["a photo of two blue stars"]])
+    picture = model.generate(**prompt, modality="image", generator=torch.manual_seed(0))
     inputs = processor(segments=[[*processor.decode_segments(picture)[0], "Describe the picture."]])
     calls: list[int] = []
     model.backbone.register_forward_hook(lambda *_: calls.append(1))

@@ -75,7 +75,8 @@ def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, se
 def replace_head(model: OrthusForConditionalGeneration, fields: dict[str, Any], seed: int) -> None:
     """Give the model a new diffusion head of random weights; what `fields` does not name is as in the old one's config."""
     old = model.config.head_config
-    kept = {name: getattr(old, name) for name in DiffusionHeadConfig.__annotations__}
+    sampler = ("num_diffusion_steps", "solver", "spacing")  # which suits the objective
+    kept = {name: getattr(old, name) for name in DiffusionHeadConfig.__annotations__ if name not in sampler}
     model.config.head_config = DiffusionHeadConfig(**{**kept, **fields})
     model.config.check_parts()
     torch.manual_seed(seed)
