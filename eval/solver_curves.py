@@ -1,7 +1,7 @@
 """How few evaluations of the diffusion head a latent needs: error and score of one model against solver, spacing, number of
 evaluations, guidance and step schedule. The same command resumes.
 
-`python -m eval.solver_curves model=checkpoints/orthus-small output=runs/curves [parts=[error] num_per_task=100 ...]`
+`python -m eval.solver_curves model=checkpoints/orthus-small output=runs/curves [parts=[error] num_per_task=40 ...]`
 writes a line per point to `points.jsonl`, and `results.json` and `curves.png`, under `output`.
 """
 
@@ -65,7 +65,7 @@ class Settings:
     score_guidance: tuple[float, ...] = (1.0, 1.5, 3.0, 5.0)
     last_steps: tuple[int, ...] = (1, 4, 10)
     exact_steps: int = 100
-    num_per_task: int = 100
+    num_per_task: int = 40
     guidance: float = 2.0
     text_guidance: float = 3.0
     guidance_interval: tuple[float, float] = (0.0, 0.85)

@@ -29,9 +29,7 @@ class DiffusionHeadConfig(PreTrainedConfig):
         num_noise_draws: noise draws per latent in one training forward ("batch multiplier").
         num_train_timesteps, beta_start, beta_end: noise schedule of `"v_prediction"`.
         time_logit_mean, time_logit_std: training times of `"flow_matching"` are sigmoid(normal(mean, std)).
-        num_diffusion_steps, solver, spacing: how latents are drawn by default; see [`orthus.sampling.Sampling`]. None: what the
-            measured curves favour for the objective (docs/RESULTS.md): 20 evaluations of DPM-Solver++(2M), even in log-SNR, for
-            v-prediction; 20 Euler steps for flow matching.
+        num_diffusion_steps, solver, spacing: how latents are drawn by default; see [`orthus.sampling.Sampling`].
     """
 
     model_type = "orthus_diffusion_head"
@@ -49,18 +47,14 @@ class DiffusionHeadConfig(PreTrainedConfig):
     beta_end: float = 0.012
     time_logit_mean: float = 0.0
     time_logit_std: float = 1.0
-    num_diffusion_steps: int | None = None
-    solver: str | None = None
-    spacing: str | None = None
+    num_diffusion_steps: int = 100
+    solver: str = "ddim"
+    spacing: str = "trailing"
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         reject_unknown_keys(self, kwargs)
         require_choice("head_config.objective", self.objective, OBJECTIVES)
-        is_flow = self.objective == "flow_matching"
-        self.num_diffusion_steps = self.num_diffusion_steps or 20
-        self.solver = self.solver or ("ddim" if is_flow else "dpm++2m")
-        self.spacing = self.spacing or ("log_snr" if self.solver == "dpm++2m" else "trailing")
         super().__post_init__(**kwargs)
 
 

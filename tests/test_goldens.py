@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -121,6 +122,9 @@ def test_head_network_and_schedule(published: OrthusForConditionalGeneration) ->
     assert torch.equal(head.sampler_steps(EXACT).times.long(), item["timesteps_100"])
 
 
+PUBLISHED_SAMPLER: dict[str, Any] = {"solver": "ddim", "spacing": "trailing", "num_diffusion_steps": 100}
+
+
 @pytest.mark.parametrize(
     ("expected", "num_streams", "options"),
     [
@@ -139,7 +143,7 @@ def test_head_sampling(
     cond, *others = item["z"][:num_streams].split(1)
     names = ["image_cond", "uncond"][-len(others) :] if others else []
     streams = dict(zip(names, others, strict=True))
-    latent = published.diffusion_head.sample(cond, noise=item["noise"], **streams, **options)
+    latent = published.diffusion_head.sample(cond, noise=item["noise"], **streams, **{**PUBLISHED_SAMPLER, **options})
     assert_near(latent, item[expected], 1e-3)
 
 
@@ -220,8 +224,9 @@ def test_text_to_image_teacher_forced(published: OrthusForConditionalGeneration)
     cond = output.last_hidden_state[:, item["input_ids"].shape[1] :][:, rows].transpose(0, 1)
     assert_near(cond, item["cond"], 3e-2, rms=2e-3)
     drawn = published.diffusion_head.sample(
-        item["cond"][:, 0], uncond=item["cond"][:, 1], guidance=float(settings["guidance"]), noise=noise[rows]
-    )
+        item["cond"][:, 0], uncond=item["cond"][:, 1], guidance=float(settings["guidance"]), noise=noise[rows],
+        **PUBLISHED_SAMPLER,
+    )  # fmt: skip
     assert_near(drawn, recorded[rows], 1e-3)
 
 
@@ -237,7 +242,7 @@ def test_text_to_image_free_running(published: OrthusForConditionalGeneration) -
         guidance=float(settings["guidance"]),
         negative_input_ids=ids[1:],
         negative_attention_mask=mask[1:],
-        num_diffusion_steps=int(settings["num_diffusion_steps"]),
+        **{**PUBLISHED_SAMPLER, "num_diffusion_steps": int(settings["num_diffusion_steps"])},
         noise=noise_per_latent(int(settings["noise_seed"]), config.num_latents, config.head_config.latent_dim),
     )
     drawn = output.image_latents[0][0]
@@ -255,7 +260,7 @@ def test_interleaved_generation(published: OrthusForConditionalGeneration, name:
         modality="interleaved",
         guidance=float(settings["guidance"]),
         negative_input_ids=item.get("uncond_input_ids"),
-        num_diffusion_steps=int(settings["num_diffusion_steps"]),
+        **{**PUBLISHED_SAMPLER, "num_diffusion_steps": int(settings["num_diffusion_steps"])},
         max_new_tokens=int(settings["max_new_tokens"]),
         max_images=1,
         noise=noise_per_latent(int(settings["noise_seed"]), config.num_latents, config.head_config.latent_dim),
