@@ -21,7 +21,7 @@ from orthus.diffusion_head import DiffusionHead
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.sampling import Sampling
 
-# Of the student, and of the teacher between its nodes.
+SAMPLER: dict[str, Any] = {"solver": "ddim", "spacing": "trailing"}  # of the student, and of the teacher between its nodes
 SAMPLER: dict[str, Any] = {"solver": "ddim", "spacing": "trailing"}
 
 
