@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class Settings:
     """What is measured; see `python -m eval.solver_curves --help`.
 
     parts: error (against `reference_steps` DDIM evaluations from the same noise), score (SmallGenEval).
+    score_task: geneval_direct: begin-of-image is forced at once, so that the latents decide all that is scored; geneval: the
+        model plans in words first, after which a picture survives almost any sampler.
     num_pictures: real pictures whose hidden states and latents, teacher-forced, the error is measured on.
     error_steps, error_guidance: numbers of evaluations and guidance weights of the error.
     score_steps: numbers of evaluations of the score, each with the spacing of smaller error; some of `error_steps`.
@@ -57,6 +59,7 @@ class Settings:
     model: str
     output: str = "runs/curves"
     parts: tuple[str, ...] = PARTS
+    score_task: Literal["geneval", "geneval_direct"] = "geneval_direct"
     num_pictures: int = 16
     reference_steps: int = 1000
     error_steps: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50, 75, 100)
@@ -98,7 +101,7 @@ def scored(settings: Settings, options: Mapping[str, Any], name: str) -> small_w
     """The run of `eval.small_world` behind one score; `options`: guidance and fields of [`Sampling`]."""
     names = ("num_per_task", "guidance", "text_guidance", "guidance_interval", "seed", "batch_size", "device")
     same = {field: getattr(settings, field) for field in names}
-    return small_world.Settings(settings.model, f"{settings.output}/{name}", ("geneval",), **{**same, **options})
+    return small_world.Settings(settings.model, f"{settings.output}/{name}", (settings.score_task,), **{**same, **options})
 
 
 # ------------------------------------------------------------------ points
@@ -218,17 +221,18 @@ def score_options(model: Any, settings: Settings, errors: Sequence[Point]) -> di
 
 
 def score(model: Any, processor: Any, settings: Settings, name: str, options: dict[str, Any]) -> Point:
-    """SmallGenEval of one sampler: the model plans, then draws."""
+    """SmallGenEval of one sampler."""
+    task = settings.score_task
     run = scored(settings, {key: value for key, value in options.items() if key != "group"}, name)
     items = small_world.Items(small_geneval_items(run.num_per_task, run.held_out), [], [], [], [])
     start = time.monotonic()
-    answers = small_world.generate(model, processor, items, run)["geneval"]
+    answers = small_world.generate(model, processor, items, run)[task]
     seconds = time.monotonic() - start
-    report = report_geneval(items.geneval, answers, Path(run.output))
+    report = report_geneval(items.geneval, answers, Path(run.output), task)
     sampler = LatentSampler(model.diffusion_head, Sampling(**small_world.sampler_options(run)))
     num_latents = model.config.num_latents
     mean = sum(sampler.num_steps_at(place, num_latents) for place in range(num_latents)) / num_latents
-    grades = [json.loads(line) for line in (Path(run.output) / "grades-geneval.jsonl").read_text().splitlines()]
+    grades = [json.loads(line) for line in (Path(run.output) / f"grades-{task}.jsonl").read_text().splitlines()]
     right = {tag: "".join("01"[grade["correct"]] for grade in grades if grade["tag"] == tag) for tag in _tags(grades)}
     same = {"guidance": run.guidance, **options, "mean_evaluations": mean}
     return {**same, "score": report["overall"], "seconds": round(seconds, 1), "right": right}

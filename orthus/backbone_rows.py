@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from orthus import acceleration as ways
 
@@ -20,6 +21,42 @@ if TYPE_CHECKING:
     from orthus.modeling import OrthusForConditionalGeneration
 
 STATIC_BLOCK = 2048  # columns by which a static cache grows; each time its graph is captured anew
+GROWTH = 1.5  # of the room of a dynamic cache that is full
+
+
+class GrowingLayer(DynamicLayer):
+    """A dynamic layer with room to spare: a step writes its column, where the plain one copies all columns before it as well."""
+
+    room: tuple[Tensor, Tensor] | None = None  # of which `keys` and `values` are the first columns
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """All keys and values `(R, H, N, D)`, the new ones last."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        known = self.get_seq_length()
+        total = known + key_states.shape[-2]
+        if self.room is None or self.room[0].data_ptr() != self.keys.data_ptr() or total > self.room[0].shape[-2]:
+            self.room = (_room(self.keys, key_states, known, total), _room(self.values, value_states, known, total))
+        keys, values = self.room
+        keys[..., known:total, :], values[..., known:total, :] = key_states, value_states
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
+        return self.keys, self.values
+
+
+def _room(held: Tensor, new: Tensor, known: int, total: int) -> Tensor:
+    """Space for more than `total` columns like those of `new`, the `known` first ones filled from `held`."""
+    room = new.new_empty(*new.shape[:-2], int(total * GROWTH), new.shape[-1])
+    if known:
+        room[..., :known, :] = held
+    return room
+
+
+def growing_cache(config: Any) -> DynamicCache:
+    """The dynamic cache of a backbone; layers without a sliding window grow in place."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @dataclass(frozen=True)
@@ -59,7 +96,7 @@ class BackboneRows:
         self.num_columns = self.width
         self.capacity = 0  # columns of the static cache
         self.is_static = acceleration != "none"
-        self.cache: Any = DynamicCache(config=model.config.text_config)
+        self.cache: Any = growing_cache(model.config.text_config)
         self.graphs = ways.Graphs() if acceleration == "graph" or (acceleration == "compile" and ids[0].is_cuda) else None
         self.forward = ways.compiled(_forward) if acceleration == "compile" else _forward
 

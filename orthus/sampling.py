@@ -1,7 +1,7 @@
 """Drawing latents: the options of a sampler, and the object that runs one over the images of a batch.
 
 `LatentSampler` computes once what does not depend on the latents (solver tables, embedded times, packed weights); per latent what
-does not depend on the noised state (the modulations of all diffusion steps); the rest is one short loop.
+does not depend on the noised state (the modulations of all diffusion steps, in a few products); the rest is one short loop.
 """
 
 from collections.abc import Sequence
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 STEP_SCHEDULES = ("constant", "linear", "cosine")
 GUIDANCE_SCHEDULES = ("constant", "linear")
 NUM_PLATEAUS = 5  # different numbers of diffusion steps over an image
-MAX_MODULATION_BYTES = 256 * 2**20
+MAX_MODULATION_BYTES = 96 * 2**20  # at a time; on a CPU larger ones are slower, for their memory is new each time
 LOOKAHEAD_ROWS = 16  # rows up to which a CPU evaluates the head in the time of one
-LOOKAHEAD_TOLERANCE = 1e-6  # of a guessed state, in scaled latents
+LOOKAHEAD_TOLERANCE = 1e-5  # of a guessed state, in scaled latents
 LOOKAHEAD_TOLERANCE_ROUNDED = 1e-4  # the same for a head in bf16, whose rounding moves a state more than that in one step
 
 
@@ -140,8 +140,7 @@ class LatentSampler:
         normal noise `(N, C)`; `guidance`, `image_guidance`: numbers or `(N, 1)`."""
         plan = self.plan(num_steps or self.num_steps_at(0, 1))
         dtype = self.head.input_proj.weight.dtype
-        per_row = len(plan.times) * len(streams) * self.head.modulation_dim * dtype.itemsize
-        size = max(1, min(len(noise), MAX_MODULATION_BYTES // per_row))
+        size = max(1, min(len(noise), MAX_MODULATION_BYTES // (len(streams) * self._modulation_bytes())))
         chunks = [
             self._draw_rows(plan, streams[:, start : start + size].to(dtype), noise[start : start + size],
                             _rows(guidance, start, size), _rows(image_guidance, start, size))
@@ -171,24 +170,38 @@ class LatentSampler:
         known, and steps are kept up to the first whose state, with the new velocities, moves by more than the tolerance. The
         first of them is never a guess, so that each pass makes at least one step.
         """
-        modulations = self.core.modulations(plan.times[:, None, None] + self.core.cond_embed(streams))  # (S, streams, N, .)
-        memory, done, total = torch.zeros_like(x), 0, len(plan.guided)
+        cond, memory = self.core.cond_embed(streams), torch.zeros_like(x)
         guesses: list[Tensor] = []  # velocities of steps to come as far as they were evaluated; the last one stands for the rest
-        while done < total:
-            used = len(streams) if plan.guided[done] else 1
-            end, furthest = done + 1, min(done + (self._window(x, used) if guesses else 1), total)
-            while end < furthest and plan.guided[end] == plan.guided[done]:
-                end += 1
+        modulations: list[Tensor] = []  # (block, streams in use, N, .) of the diffusion steps from `start` to `stop`
+        start = stop = done = used = 0
+        while done < len(plan.guided):
+            if done == stop:
+                start, used = done, len(streams) if plan.guided[done] else 1
+                stop = self._block_end(plan, start, used * len(x))
+                modulations = self.core.modulations(plan.times[start:stop, None, None] + cond[:used])
+            end = min(done + (self._window(x, used) if guesses else 1), stop)
             states = [(x, memory)]
             for i in range(done, end - 1):
                 states.append(_step(plan, i, *states[-1], guesses[min(i - done, len(guesses) - 1)]))
-            v = self._velocity(torch.stack([state for state, _ in states]), [m[done:end, :used] for m in modulations])
+            v = self._velocity(torch.stack([state for state, _ in states]), [m[done - start : end - start] for m in modulations])
             velocities, kept = self._guide(v.to(x.dtype), guidance, image_guidance), 0
             while kept == 0 or (kept < len(states) and self._is_near(x, states[kept][0])):
                 x, memory = _step(plan, done + kept, x, memory, velocities[kept])
                 kept += 1
             done, guesses = done + kept, list(velocities[kept:] if kept < len(states) else velocities[-1:])
         return x
+
+    def _block_end(self, plan: _Plan, start: int, rows: int) -> int:
+        """End of the diffusion steps from `start` on that are guided alike and whose modulations, for as many rows of all
+        streams, are made in one product."""
+        size, end = max(1, MAX_MODULATION_BYTES // (rows * self._modulation_bytes())), start + 1
+        while end < min(start + size, len(plan.guided)) and plan.guided[end] == plan.guided[start]:
+            end += 1
+        return end
+
+    def _modulation_bytes(self) -> int:
+        """Of one row at one diffusion step."""
+        return self.head.modulation_dim * self.head.input_proj.weight.dtype.itemsize
 
     def _window(self, x: Tensor, used: int) -> int:
         """How many diffusion steps are evaluated at once."""

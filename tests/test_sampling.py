@@ -63,11 +63,12 @@ def test_looking_ahead_makes_a_step_each_pass_however_wrong_the_guesses(monkeypa
 
 
 @torch.no_grad()
-def test_rows_in_chunks_equal_rows_together(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("share", [2, 10, 25])  # of 5 rows in 2 streams at 5 diffusion steps: a row, a step, two steps and a half
+def test_rows_and_steps_in_chunks_equal_all_together(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     head = tiny_model().diffusion_head
     streams, noise, guidance = torch.randn(2, 5, 32), torch.randn(5, 3), torch.rand(5, 1) * 4
     together = LatentSampler(head, Sampling()).draw(streams, noise, guidance)
-    monkeypatch.setattr(sampling, "MAX_MODULATION_BYTES", 2 * 5 * 2 * head.modulation_dim * 4)
+    monkeypatch.setattr(sampling, "MAX_MODULATION_BYTES", share * head.modulation_dim * 4)
     torch.testing.assert_close(LatentSampler(head, Sampling()).draw(streams, noise, guidance), together, atol=1e-5, rtol=1e-4)
 
 

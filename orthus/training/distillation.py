@@ -21,7 +21,6 @@ from orthus.diffusion_head import DiffusionHead
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.sampling import Sampling
 
-SAMPLER: dict[str, Any] = {"solver": "ddim", "spacing": "trailing"}  # of the student, and of the teacher between its nodes
 SAMPLER: dict[str, Any] = {"solver": "ddim", "spacing": "trailing"}
 
 
