@@ -64,7 +64,7 @@ class Settings:
     reference_steps: int = 1000
     error_steps: tuple[int, ...] = (1, 2, 4, 6, 8, 10, 15, 20, 25, 30, 40, 50, 75, 100)
     error_guidance: tuple[float, ...] = (1.0, 2.0, 5.0)
-    score_steps: tuple[int, ...] = (2, 4, 8, 15, 25)
+    score_steps: tuple[int, ...] = (2, 4, 8, 15, 20)
     score_guidance: tuple[float, ...] = (1.0, 1.5, 3.0, 5.0)
     last_steps: tuple[int, ...] = (1, 4, 10)
     exact_steps: int = 100

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -144,3 +145,8 @@ def _percentiles(means: Array, level: float) -> tuple[float, float]:
         raise ValueError(f"level {level}; it must lie between 0 and 1, such as 0.95")
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def interval_text(cell: Mapping[str, Any]) -> str:
+    digits = 1 if abs(cell["high"]) > 2 else 3
+    return f"{cell['value']:.{digits}f} [{cell['low']:.{digits}f}, {cell['high']:.{digits}f}]"

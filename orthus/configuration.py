@@ -8,6 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from orthus import remote_code
 from orthus.conversion import config_from_published, is_published, read_tensor_shapes
+from orthus.diffusion import CUSTOMARY, SOLVERS
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 LATENT_EMBEDDINGS = ("softmax", "argmin", "linear")
@@ -29,7 +30,8 @@ class DiffusionHeadConfig(PreTrainedConfig):
         num_noise_draws: noise draws per latent in one training forward ("batch multiplier").
         num_train_timesteps, beta_start, beta_end: noise schedule of `"v_prediction"`.
         time_logit_mean, time_logit_std: training times of `"flow_matching"` are sigmoid(normal(mean, std)).
-        num_diffusion_steps, solver, spacing: how latents are drawn by default; see [`orthus.sampling.Sampling`].
+        num_diffusion_steps, solver, spacing: how latents are drawn by default; see [`orthus.sampling.Sampling`]. None:
+            `"dpm++2m"` for `"v_prediction"`, `"ddim"` for `"flow_matching"`, and what is customary for the solver.
     """
 
     model_type = "orthus_diffusion_head"
@@ -47,14 +49,18 @@ class DiffusionHeadConfig(PreTrainedConfig):
     beta_end: float = 0.012
     time_logit_mean: float = 0.0
     time_logit_std: float = 1.0
-    num_diffusion_steps: int = 100
-    solver: str = "ddim"
-    spacing: str = "trailing"
+    num_diffusion_steps: int | None = None
+    solver: str | None = None
+    spacing: str | None = None
     initializer_range: float = 0.02
 
     def __post_init__(self, **kwargs: Any) -> None:
         reject_unknown_keys(self, kwargs)
         require_choice("head_config.objective", self.objective, OBJECTIVES)
+        self.solver = self.solver or ("ddim" if self.objective == "flow_matching" else "dpm++2m")
+        require_choice("head_config.solver", self.solver, SOLVERS)
+        spacing, num_steps = CUSTOMARY[self.solver]
+        self.spacing, self.num_diffusion_steps = self.spacing or spacing, self.num_diffusion_steps or num_steps
         super().__post_init__(**kwargs)
 
 

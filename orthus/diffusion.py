@@ -12,6 +12,8 @@ from torch import Tensor
 
 SOLVERS = ("ddim", "euler", "dpm++2m", "heun")
 SPACINGS = ("trailing", "log_snr")
+CUSTOMARY = {"ddim": ("trailing", 100), "euler": ("trailing", 100), "dpm++2m": ("log_snr", 20), "heun": ("trailing", 50)}
+"""Spacing and number of evaluations of a solver when nothing else is said (docs/LOG.md)."""
 LOG_SNR_RANGE = (-3.0, 3.5)  # log(signal / spread) of the second and the last node of "log_snr" (docs/LOG.md)
 
 
@@ -30,10 +32,14 @@ def zero_terminal_snr_alphas(num_steps: int, beta_start: float, beta_end: float)
     return torch.cumprod(1.0 - (1.0 - alphas), dim=0)
 
 
-def trailing_timesteps(num_diffusion_steps: int, num_train_timesteps: int) -> Tensor:
-    """Integer timesteps `(S,)`, falling, the last training step first (999, 989, ..., 9 for 100 of 1000)."""
+def _check_num_steps(num_diffusion_steps: int, num_train_timesteps: int) -> None:
     if not 1 <= num_diffusion_steps <= num_train_timesteps:
         raise ValueError(f"num_diffusion_steps must lie in 1..{num_train_timesteps}, got {num_diffusion_steps}")
+
+
+def trailing_timesteps(num_diffusion_steps: int, num_train_timesteps: int) -> Tensor:
+    """Integer timesteps `(S,)`, falling, the last training step first (999, 989, ..., 9 for 100 of 1000)."""
+    _check_num_steps(num_diffusion_steps, num_train_timesteps)
     spacing = num_train_timesteps / num_diffusion_steps
     steps = torch.arange(num_train_timesteps, 0, -spacing, dtype=torch.float64)[:num_diffusion_steps]
     return steps.round().long() - 1
@@ -70,6 +76,7 @@ def v_prediction_nodes(alphas_cumprod: Tensor, num_diffusion_steps: int, spacing
     `"trailing"`: evenly spaced steps, as published; `"log_snr"`: evenly spaced in log(signal / spread) (arXiv 2206.00927).
     """
     num_train = len(alphas_cumprod)
+    _check_num_steps(num_diffusion_steps, num_train)
     alphas = alphas_cumprod.double()
     if spacing == "trailing":
         times = trailing_timesteps(num_diffusion_steps, num_train)
@@ -80,8 +87,7 @@ def v_prediction_nodes(alphas_cumprod: Tensor, num_diffusion_steps: int, spacing
         times = torch.cat([torch.tensor([num_train - 1]), nearest])
         for index in range(1, num_diffusion_steps):  # each training step at most once
             times[index] = min(int(times[index]), int(times[index - 1]) - 1)
-        if times[-1] < 0:
-            raise ValueError(f"num_diffusion_steps={num_diffusion_steps} is too many for spacing='log_snr'; use 'trailing'")
+        times = torch.maximum(times, torch.arange(num_diffusion_steps - 1, -1, -1))
     # Where `num_diffusion_steps` does not divide the training steps, `diffusers` steps to `time - floor(spacing)` and then
     # evaluates somewhere else; each step leads to the next node here, also then.
     alpha, next_alpha = alphas[times], torch.cat([alphas[times[1:]], torch.ones(1, dtype=torch.float64)])

@@ -172,9 +172,13 @@ class DiffusionHead(nn.Module):
         return self.config.width * (3 * self.config.num_blocks + 2)
 
     def resolve(self, sampling: Sampling) -> Sampling:
-        """`sampling` with what it leaves open taken from the config."""
-        names = ("num_diffusion_steps", "solver", "spacing")
-        return replace(sampling, **{name: getattr(sampling, name) or getattr(self.config, name) for name in names})
+        """`sampling` with what it leaves open taken from the config, or for another solver as is customary."""
+        own, solver = self.config, sampling.solver or self.config.solver
+        assert solver is not None
+        is_own = solver == own.solver or {solver, own.solver} == {"ddim", "euler"}
+        spacing, num = (own.spacing, own.num_diffusion_steps) if is_own else diffusion.CUSTOMARY[solver]
+        num, spacing = sampling.num_diffusion_steps or num, sampling.spacing or spacing
+        return replace(sampling, solver=solver, spacing=spacing, num_diffusion_steps=num)
 
     def sampler_steps(self, sampling: Sampling) -> diffusion.Steps:
         """Table of a sampler run. On the straight path of flow matching DDIM and Euler are the same step."""

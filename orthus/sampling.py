@@ -33,7 +33,7 @@ def _require_one(name: str, value: Any, choices: Sequence[Any]) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How latents are drawn. None: as the head's config says.
+    """How latents are drawn. None: as the head's config says; beside another solver than its, as is customary for that solver.
 
     Args:
         solver: `"ddim"`, `"euler"` (flow matching; the same step), `"dpm++2m"`, `"heun"`.

@@ -142,7 +142,7 @@ def test_targets_of_an_exact_teacher_are_the_exact_solution(objective: str, star
     worse = gaussian(objective, num_diffusion_steps=4, teacher_substeps=250, start=start)
     assert float(worse.latent_losses(streams, latents, noise=noise).detach().mean()) > 3e-3
     # What `generate` calls makes the same steps: pure noise comes out with the standard deviation of the data.
-    drawn = made.model.diffusion_head.sample(streams[0], noise=noise[0], num_diffusion_steps=4)
+    drawn = made.model.diffusion_head.sample(streams[0], noise=noise[0], num_diffusion_steps=4, solver="ddim")
     torch.testing.assert_close(drawn * 2, GaussianHead.spread * noise[0], rtol=0, atol=1e-4)
 
 
@@ -156,7 +156,8 @@ def test_the_teachers_steps_visit_the_students_nodes(objective: str, num_steps: 
     begins, ends = made.segments(streams, torch.zeros(5, CHANNELS), noise)
     assert torch.equal(begins[1:], ends[:-1]) and torch.equal(begins[0], noise)
     for draw in range(2):
-        options: dict[str, Any] = {"guidance": 3.0, "guidance_interval": (0.1, 0.8), "num_diffusion_steps": 5 * num_steps}
+        sampler = {"num_diffusion_steps": 5 * num_steps, "solver": "ddim"}
+        options: dict[str, Any] = {"guidance": 3.0, "guidance_interval": (0.1, 0.8), **sampler}
         drawn = made.teacher.sample(streams[0], uncond=streams[1], noise=noise[draw], **options)
         torch.testing.assert_close(ends[-1, draw], drawn * 0.5, rtol=1e-4, atol=1e-5)
 

@@ -195,7 +195,8 @@ def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, family: str = "llama",
     if family == "chameleon":
         fields["vq_config"] = {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 8, "embed_dim": 4}
     model, noise = tiny_model(**({} if family == "llama" else {"text_config": fields})), torch.randn(3, 2, 4, 3)
-    options = {"modality": "image", "max_images": 2, "noise": noise, "guidance": 3.0, "negative_input_ids": UNCOND, **options}
+    options = {"max_images": 2, "noise": noise, "guidance": 3.0, "negative_input_ids": UNCOND, "solver": "ddim", **options}
+    options = {"modality": "image", **options}
     mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
     plain = model.generate(PROMPTS, mask, acceleration="none", **options)
     monkeypatch.setattr(acceleration, "Graphs", Replaying)
