@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def logged(folder: Path) -> list[dict[str, float]]:
     return [{k: v for k, v in record.items() if "second" not in k} for record in read_metrics(folder / "metrics.jsonl")]
 
 
+def tiny_lanes(rows: int = 4) -> Callable[[int, int], TinyLoader]:
+    return lambda lane, num_lanes: TinyLoader(rows, lane, num_lanes)
+
+
 class InterruptedRunError(RuntimeError):
     """Ends a run as a crash would, without a checkpoint."""
 
@@ -62,9 +67,9 @@ class InterruptedRunError(RuntimeError):
 
 def test_accumulated_equals_whole(tmp_path: Path) -> None:
     """Ragged target counts: a mean of means would differ by percents; the tolerance is fp32 summation order."""
-    for name, rows, accumulate in (("whole", 8, 1), ("parts", 2, 4)):
-        run = run_settings(tmp_path / name, num_steps=5, accumulate=accumulate, log_every=1)
-        fit(tiny_model(noise_scale=0.0), TinyLoader(rows=rows), run, FAST)
+    for name, rows, lanes in (("whole", 8, 1), ("parts", 2, 4)):
+        run = run_settings(tmp_path / name, num_steps=5, lanes=lanes, log_every=1)
+        fit(tiny_model(noise_scale=0.0), tiny_lanes(rows), run, FAST)
     for whole, parts in zip(logged(tmp_path / "whole"), logged(tmp_path / "parts"), strict=True):
         assert parts == pytest.approx(whole, rel=2e-4)
     for name, whole in weights(tmp_path / "whole").items():
@@ -76,18 +81,17 @@ def two_processes(index: int, folder: str, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=index, world_size=2)
     model = tiny_model(noise_scale=0.0) if index == 0 else TinyModel(noise_scale=0.0)  # the second one must be told
-    loader = TinyLoader(rows=4, shard=index, num_shards=2)
-    fit(model, loader, run_settings(Path(folder), num_steps=3, log_every=1), MUON)
-    fit(model, loader, run_settings(Path(folder), num_steps=5, log_every=1), MUON)  # resumes in both processes
+    fit(model, tiny_lanes(4), run_settings(Path(folder), num_steps=3, log_every=1), MUON)
+    fit(model, tiny_lanes(4), run_settings(Path(folder), num_steps=5, log_every=1), MUON)  # resumes in both processes
     dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     """Two gloo processes with half of each batch; the second half of the run resumes a two-process checkpoint."""
-    fit(tiny_model(noise_scale=0.0), TinyLoader(rows=8), run_settings(tmp_path / "one", num_steps=3, log_every=1), MUON)
-    fit(tiny_model(noise_scale=0.0), TinyLoader(rows=8), run_settings(tmp_path / "one", num_steps=5, log_every=1), MUON)
+    fit(tiny_model(noise_scale=0.0), tiny_lanes(8), run_settings(tmp_path / "one", num_steps=3, log_every=1), MUON)
+    fit(tiny_model(noise_scale=0.0), tiny_lanes(8), run_settings(tmp_path / "one", num_steps=5, log_every=1), MUON)
     mp.spawn(two_processes, args=(str(tmp_path / "two"), str(tmp_path / "rendezvous")), nprocs=2)
-    assert len(list((latest(tmp_path / "two") or tmp_path).glob("process-*.pt"))) == 2
+    assert len(list((latest(tmp_path / "two") or tmp_path).glob("lane-*.pt"))) == 2
     for one, two in zip(logged(tmp_path / "one"), logged(tmp_path / "two"), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
     for name, one in weights(tmp_path / "one").items():
@@ -107,34 +111,36 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tmp_path: Path, optim: OptimSe
         if step == 7:
             raise InterruptedRunError
 
-    run = run_settings(tmp_path / "whole", num_steps=10, accumulate=2, save_every=5, log_every=3)
-    fit(tiny_model(), TinyLoader(), run, optim)
-    broken = run_settings(tmp_path / "broken", num_steps=10, accumulate=2, save_every=5, log_every=3, sample_every=1)
+    run = run_settings(tmp_path / "whole", num_steps=10, lanes=2, save_every=5, log_every=3)
+    fit(tiny_model(), tiny_lanes(), run, optim)
+    broken = run_settings(tmp_path / "broken", num_steps=10, lanes=2, save_every=5, log_every=3, sample_every=1)
     with pytest.raises(InterruptedRunError):
-        fit(tiny_model(), TinyLoader(), broken, optim, on_sample=interrupt)
+        fit(tiny_model(), tiny_lanes(), broken, optim, on_sample=interrupt)
     assert (latest(tmp_path / "broken") or tmp_path).name == "step-00000005"
     torch.manual_seed(99)
-    fit(TinyModel(), TinyLoader(), broken, optim)  # other initial weights: all must come from the checkpoint
+    fit(TinyModel(), tiny_lanes(), broken, optim)  # other initial weights: all must come from the checkpoint
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
     assert logged(tmp_path / "whole") == logged(tmp_path / "broken")
     states = []
     for name in ("whole", "broken"):
         model = TinyModel()
-        state = TrainState(model, start_ema(model), build_optimizers(model, optim), TinyLoader())
+        loaders = {lane: TinyLoader(4, lane, 2) for lane in range(2)}
+        state = TrainState(model, start_ema(model), build_optimizers(model, optim), loaders, 2)
         load_checkpoint(state, latest(tmp_path / name) or "")
         slots = [value for o in state.optimizers for kept in o.state.values() for value in kept.values()]
-        states.append({**model.state_dict(), **{str(i): slot for i, slot in enumerate(slots)}, "rng": torch.rand(4)})
+        positions = {f"lane {lane}": torch.tensor(loader.position) for lane, loader in state.loaders.items()}
+        states.append({**model.state_dict(), **{str(i): slot for i, slot in enumerate(slots)}, **positions})
     assert len(states[0]) > 30
     assert_equal(*states)
 
 
 def test_complete_run_says_so_and_a_longer_one_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=2), FAST)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2), FAST)
     before = weights(tmp_path)
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=2), FAST)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2), FAST)
     assert "is complete at step 2" in capsys.readouterr().err
     assert_equal(before, weights(tmp_path))
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=4), FAST)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=4), FAST)
     said = capsys.readouterr().err
     assert "resumed from" in said
     assert "changed since: run.num_steps 2 -> 4" in said
@@ -146,7 +152,7 @@ def command(folder: Path, num_steps: int) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; import test_training as t\n"
         "run = t.run_settings(Path(sys.argv[1]), num_steps=int(sys.argv[2]), save_every=1, log_every=1)\n"
-        "t.fit(t.tiny_model(), t.TinyLoader(), run, t.MUON)"
+        "t.fit(t.tiny_model(), t.tiny_lanes(), run, t.MUON)"
     )
     tests = Path(__file__).parent
     path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
@@ -171,7 +177,7 @@ def test_sigkill_while_saving_often_leaves_a_loadable_checkpoint(tmp_path: Path)
     newest = latest(tmp_path)
     assert newest is not None
     step = int(newest.name.removeprefix("step-"))
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=step + 2, log_every=1), MUON)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=step + 2, log_every=1), MUON)
     assert [record["step"] for record in logged(tmp_path)] == list(range(1, step + 3))
     assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
 
@@ -191,7 +197,7 @@ def test_sigterm_saves_and_exits(tmp_path: Path) -> None:
 
 
 def test_half_written_checkpoints_are_ignored_and_old_ones_deleted(tmp_path: Path) -> None:
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=5, save_every=1, keep_checkpoints=2), FAST)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=5, save_every=1, keep_checkpoints=2), FAST)
     folder = tmp_path / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step-00000004", "step-00000005"]
     shutil.copytree(folder / "step-00000005", folder / ".step-00000006.tmp")
@@ -202,11 +208,11 @@ def test_half_written_checkpoints_are_ignored_and_old_ones_deleted(tmp_path: Pat
 
 
 def fresh_state(model: nn.Module, optim: OptimSettings = FAST) -> TrainState:
-    return TrainState(model, start_ema(model), build_optimizers(model, optim), TinyLoader())
+    return TrainState(model, start_ema(model), build_optimizers(model, optim), {0: TinyLoader()})
 
 
 def test_checkpoint_that_does_not_fit_says_why(tmp_path: Path) -> None:
-    fit(tiny_model(), TinyLoader(), run_settings(tmp_path, num_steps=2), FAST)
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2), FAST)
     newest = latest(tmp_path) or Path()
     wider = TinyModel()
     wider.codebook = nn.Parameter(torch.zeros(5, DIM))
@@ -231,14 +237,14 @@ def test_checkpoint_that_does_not_fit_says_why(tmp_path: Path) -> None:
         load_checkpoint(fresh_state(TinyModel()), newest)
     tensors.write_bytes(kept)
     marker = json.loads((newest / MARKER).read_text())
-    (newest / MARKER).write_text(json.dumps({**marker, "world_size": 3}))
-    with pytest.raises(ValueError, match="written by 3 processes and this run has 1"):
+    (newest / MARKER).write_text(json.dumps({**marker, "lanes": 3}))
+    with pytest.raises(ValueError, match="has 3 lanes and this run has 1.*set run.lanes=3"):
         load_checkpoint(fresh_state(TinyModel()), newest)
 
 
 def test_loader_state_that_cannot_be_read_back_fails_at_the_save(tmp_path: Path) -> None:
     state = fresh_state(TinyModel())
-    state.loader.state_dict = lambda: {"source": Path()}  # type: ignore[method-assign]
+    state.loaders[0].state_dict = lambda: {"source": Path()}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="plain Python values and tensors"):
         save_checkpoint(state, tmp_path, {}, keep=1)
     assert latest(tmp_path) is None
@@ -253,7 +259,7 @@ def test_not_finite_loss_stops_before_the_weights_move(tmp_path: Path) -> None:
         model.lm_head.bias[3] = float("nan")
     before = {name: p.detach().clone() for name, p in model.named_parameters() if name != "lm_head.bias"}
     with pytest.raises(FloatingPointError, match=r"step 1 is not finite .*sum/text nan"):
-        fit(model, TinyLoader(), run_settings(tmp_path), FAST)
+        fit(model, tiny_lanes(), run_settings(tmp_path), FAST)
     (saved,) = tmp_path.glob("not-finite-step-1-*.pt")
     assert torch.equal(torch.load(saved, weights_only=True)[0]["labels"], TinyLoader().batch(0)["labels"])
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
@@ -266,11 +272,11 @@ def test_batches_that_teach_nothing_are_refused(tmp_path: Path) -> None:
         "labels": torch.full((1, 3), -100),
     }
     with pytest.raises(ValueError, match="no batch of the step has a target"):
-        fit(tiny_model(), loader, run_settings(tmp_path / "a"), FAST)
+        fit(tiny_model(), lambda lane, num_lanes: loader, run_settings(tmp_path / "a"), FAST)
     model = tiny_model()
     model.count_targets = lambda batch: {"text": 1, "image": 0}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="promised 1 targets and the forward counted"):
-        fit(model, TinyLoader(), run_settings(tmp_path / "b"), FAST)
+        fit(model, tiny_lanes(), run_settings(tmp_path / "b"), FAST)
 
 
 def test_autocast_and_sampling_with_averaged_weights(tmp_path: Path) -> None:
@@ -281,7 +287,7 @@ def test_autocast_and_sampling_with_averaged_weights(tmp_path: Path) -> None:
 
     model = tiny_model()
     run = run_settings(tmp_path, num_steps=4, sample_every=2, autocast="bfloat16")
-    fit(model, TinyLoader(), run, FAST, on_sample=on_sample)
+    fit(model, tiny_lanes(), run, FAST, on_sample=on_sample)
     assert [(step, training) for step, training, _ in seen] == [(2, False), (4, False)]
     assert torch.equal(seen[-1][2], weights(tmp_path)["lm_head.weight"])
     assert not torch.equal(seen[-1][2], model.lm_head.weight)
@@ -291,5 +297,5 @@ def test_autocast_and_sampling_with_averaged_weights(tmp_path: Path) -> None:
 def test_training_learns(tmp_path: Path) -> None:
     """`(id + 1) % 11` from the id: with AdamW and with Muon the text loss falls from log(11) = 2.4 to below 1."""
     for name, optim in (("adamw", FAST), ("muon", MUON)):
-        fit(tiny_model(), TinyLoader(rows=16), run_settings(tmp_path / name, num_steps=120, log_every=40), optim)
+        fit(tiny_model(), tiny_lanes(16), run_settings(tmp_path / name, num_steps=120, log_every=40), optim)
         assert logged(tmp_path / name)[-1]["loss/text"] < 1.0

@@ -79,9 +79,9 @@ class TinyModel(nn.Module):
             loss_sums={"text": text, "image": image}, loss_counts={"text": is_text.sum(), "image": is_image.sum()}
         )
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], state_dict: dict[str, Tensor] | None = None) -> None:
         save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()},
+            {name: tensor.contiguous() for name, tensor in (state_dict or self.state_dict()).items()},
             Path(folder) / "model.safetensors",
         )
 

@@ -15,7 +15,7 @@ from orthus.configuration import as_config
 from orthus.data.pictures import PictureLoader
 from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor
-from orthus.training.checkpoint import save_model
+from orthus.training.checkpoint import write_model
 from orthus.training.distributed import joined
 from orthus.training.fit import fit
 from orthus.training.optim import freeze
@@ -46,17 +46,20 @@ def main(argv: Sequence[str]) -> None:
     model = first_model(stage)
     freeze(model, stage.frozen)
     processor = OrthusImageProcessor(size=stage.world.image_size)
-    with joined(stage.run.device) as (rank, world_size):
-        loader = PictureLoader(stage.world, processor, stage.batch_size, stage.num_objects, "train", rank, world_size)
+
+    def make_loader(lane: int, num_lanes: int) -> PictureLoader:
+        return PictureLoader(stage.world, processor, stage.batch_size, stage.num_objects, "train", lane, num_lanes)
+
+    with joined(stage.run.device) as (rank, _):
         if stage.start:  # noise on the latents is in units of their standard deviation
             cast(torch.nn.Module, model).to(stage.run.device)
             calibrate(model, stage, processor)
-        fit(model, loader, stage.run, stage.optim)
+        fit(model, make_loader, stage.run, stage.optim)
         if rank == 0:
             final = Path(stage.run.output_dir) / "final"
             trained = load_autoencoder(final)
             if calibrate(trained, stage, processor):
-                save_model(trained, {}, final)
+                write_model(trained, final)
 
 
 def first_model(stage: AutoencoderStage) -> Autoencoder:

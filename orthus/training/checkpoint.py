@@ -1,7 +1,7 @@
 """Training checkpoints: whole folders that appear atomically, and the model folder that `from_pretrained` reads.
 
-`checkpoints/step-00000500/` holds the tensors (torch.distributed.checkpoint), one `process-*.pt` per process (random
-generators and the loader's position), `settings.yaml` and, written last, the marker `complete.json`.
+`checkpoints/step-00000500/` holds the tensors (torch.distributed.checkpoint, whole or sharded), one `lane-*.pt` per lane (its
+loader's position), `settings.yaml` and, written last, the marker `complete.json`. Any number of processes may read it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import random
 import re
 import shutil
 import warnings
@@ -18,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,6 +29,7 @@ from torch.optim import Optimizer
 from orthus.adapters import is_quantized
 from orthus.training import settings as settings_file
 from orthus.training.optim import averaged
+from orthus.training.sharding import whole
 
 MARKER = "complete.json"
 TENSORS = "tensors"
@@ -54,7 +53,8 @@ class TrainState:
     model: nn.Module
     ema: dict[str, Tensor]
     optimizers: list[Optimizer]
-    loader: Loader
+    loaders: dict[int, Loader]  # by lane: those of this process
+    num_lanes: int = 1  # of all processes
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # spent training, over all restarts
     window: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last logged step
@@ -88,7 +88,7 @@ def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], setti
     with _quiet():
         writer = FileSystemWriter(temporary / TENSORS)
         save(_tensors(state), storage_writer=writer, no_dist=world_size() == 1)
-    _save_process_state(state, temporary)
+    _save_loaders(state, temporary)
     barrier()
     if rank() == 0:
         settings_file.save(settings, temporary / "settings.yaml")
@@ -96,7 +96,7 @@ def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], setti
             "step": state.step,
             "seconds": state.seconds,
             "window": state.window,
-            "world_size": world_size(),
+            "lanes": state.num_lanes,
             "torch": str(torch.__version__),
         }
         (temporary / MARKER).write_text(json.dumps(marker), encoding="utf-8")
@@ -114,19 +114,19 @@ def latest(output_dir: str | os.PathLike[str]) -> Path | None:
 
 
 def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
-    """Fill `state` and the random generators from a checkpoint folder.
+    """Fill `state` from a checkpoint folder, written by any number of processes.
 
     Raises ValueError, before anything has changed, if the folder is not a complete checkpoint or does not fit the
-    model, the trainable parameters, the optimisers or the number of processes.
+    model, the trainable parameters, the optimisers or the number of lanes.
     """
     folder = Path(path)
     if not (folder / MARKER).is_file():
         raise ValueError(f"{folder} has no {MARKER}: it is not a complete checkpoint; resume from another one")
     marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if marker["world_size"] != world_size():
+    if num_lanes(folder) != state.num_lanes:
         raise ValueError(
-            f"{folder} was written by {marker['world_size']} processes and this run has {world_size()}, so the "
-            "loaders' positions do not fit; start as many processes, or a new output_dir"
+            f"{folder} has {num_lanes(folder)} lanes and this run has {state.num_lanes}, so the loaders' positions do not fit; "
+            f"set run.lanes={num_lanes(folder)}, or start a new output_dir"
         )
     with _quiet():
         reader = FileSystemReader(folder / TENSORS)
@@ -143,17 +143,26 @@ def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
         if saved:
             optimizer.state[parameter] = saved
     state.step, state.seconds, state.window = marker["step"], marker["seconds"], marker["window"]
-    _load_process_state(state, folder)
+    for lane, loader in state.loaders.items():
+        loader.load_state_dict(torch.load(folder / f"lane-{lane:05d}.pt", weights_only=True))
 
 
 def save_model(model: nn.Module, ema: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write the model with its averaged weights through `model.save_pretrained` (safetensors), atomically."""
+    """Write the model with its averaged weights through `model.save_pretrained` (safetensors), atomically; every process calls
+    this, and the first one writes."""
+    with averaged(model, ema), whole(model) as options:
+        if rank() == 0:
+            write_model(model, path, **options)
+    barrier()
+
+
+def write_model(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> None:
+    """`model.save_pretrained(path, **options)` in this process, atomically."""
     final = Path(path)
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    with averaged(model, ema):
-        cast(Any, model).save_pretrained(temporary)
+    cast(Any, model).save_pretrained(temporary, **options)
     _publish(temporary, final)
 
 
@@ -246,46 +255,28 @@ def _misshapen(name: str, stored: Any, wanted: Any, folder: Path) -> str:
     )
 
 
-# -- what each process keeps for itself ----------------------------------------------------------------------------
+# -- the loaders' positions ----------------------------------------------------------------------------------------
 
 
-def _save_process_state(state: TrainState, folder: Path) -> None:
-    path = folder / f"process-{rank():05d}.pt"
-    torch.save({"rng": rng_state(), "loader": state.loader.state_dict()}, path)
-    try:
-        torch.load(path, weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"the state_dict() of {type(state.loader).__name__} cannot be read back ({error}); "
-            "build it from plain Python values and tensors"
-        ) from error
+def num_lanes(folder: Path) -> int:
+    """Lanes of the run that wrote a checkpoint. ValueError for one of an earlier version."""
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    if "lanes" not in marker:
+        raise ValueError(f"{folder} was written by an earlier version, without lanes; start a new output_dir from its final/")
+    return int(marker["lanes"])
 
 
-def _load_process_state(state: TrainState, folder: Path) -> None:
-    kept = torch.load(folder / f"process-{rank():05d}.pt", weights_only=True)
-    state.loader.load_state_dict(kept["loader"])
-    set_rng_state(kept["rng"])
-
-
-def rng_state() -> dict[str, Any]:
-    """State of the generators of Python, NumPy and torch (with the current CUDA device, once CUDA is in use)."""
-    name, keys, *rest = np.random.get_state(legacy=True)
-    return {
-        "python": random.getstate(),
-        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-    }
-
-
-def set_rng_state(kept: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned."""
-    name, keys, *rest = kept["numpy"]
-    random.setstate(kept["python"])
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(kept["torch"])
-    if kept["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(kept["cuda"])
+def _save_loaders(state: TrainState, folder: Path) -> None:
+    for lane, loader in state.loaders.items():
+        path = folder / f"lane-{lane:05d}.pt"
+        torch.save(loader.state_dict(), path)
+        try:
+            torch.load(path, weights_only=True)
+        except Exception as error:
+            raise ValueError(
+                f"the state_dict() of {type(loader).__name__} cannot be read back ({error}); "
+                "build it from plain Python values and tensors"
+            ) from error
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

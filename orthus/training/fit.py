@@ -1,13 +1,14 @@
 """The one training loop, for the autoencoder, the base model and post-training.
 
 The loss of an optimiser step is  sum over terms k of  weight_k * (sum of term k) / (number of its targets),  with both
-taken over every batch of the step in every process: accumulation and data parallelism cannot change it.
+taken over every batch of the step in every process. A step has one batch from each *lane*, a stream of batches of its own;
+process r of W runs lanes r, r + W, ..., and the noise of a batch is seeded by (seed, step, lane): how many processes there are
+changes nothing, and a run goes on with any number that divides its lanes.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import signal
 import sys
 import threading
@@ -30,18 +31,20 @@ from orthus.training.checkpoint import (
     barrier,
     latest,
     load_checkpoint,
+    num_lanes,
     rank,
-    rng_state,
     save_checkpoint,
     save_model,
-    set_rng_state,
     world_size,
 )
 from orthus.training.metrics import MetricsLog
 from orthus.training.optim import averaged, build_optimizers, lr_factor, set_lr, start_ema, update_ema
 from orthus.training.settings import OptimSettings, RunSettings, differences, read, to_dict
+from orthus.training.sharding import full_value, is_sharded, loss_factor, prepare, touch
 
 Batch = dict[str, Any]
+MakeLoader = Callable[[int, int], Loader]
+"""From a lane and the number of lanes to that lane's loader."""
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
@@ -57,7 +60,9 @@ class Trainable(Protocol):
         """Number of targets of each loss term in a batch, known before the forward."""
         ...
 
-    def save_pretrained(self, save_directory: Path) -> Any: ...
+    def save_pretrained(self, save_directory: Path) -> Any:
+        """Also with `state_dict`, the weights to write, if it is to be sharded."""
+        ...
 
     def __call__(self, **batch: Any) -> Any:
         """An output with `loss_sums` and `loss_counts`: per term, the sum over all targets and their number."""
@@ -66,7 +71,7 @@ class Trainable(Protocol):
 
 def fit(
     model: nn.Module,
-    loader: Loader,
+    make_loader: MakeLoader,
     run: RunSettings,
     optim: OptimSettings,
     *,
@@ -77,24 +82,24 @@ def fit(
 
     The same call again resumes from the newest checkpoint of `output_dir`. SIGTERM writes a checkpoint and raises
     SystemExit(143). `on_sample(model, step)` gets the averaged weights every `sample_every` steps in the first process;
-    what it draws does not touch the run's random generators. `settings` (plain values; default: run and optim) are kept with
+    what it draws does not touch the run. `settings` (plain values; default: run and optim) are kept with
     each checkpoint, and a resumed run says which of them have changed.
     Raises FloatingPointError at a loss or gradient that is not finite, with the batches saved beside the checkpoints.
     """
     settings = settings or {"run": to_dict(run), "optim": to_dict(optim)}
-    state = _start(model, loader, run, optim, settings)
+    state = _start(model, make_loader, run, optim, settings)
     final = Path(run.output_dir) / "final"
     if state.step >= run.num_steps and final.is_dir():
         _say(f"{run.output_dir} is complete at step {state.step}; raise run.num_steps or choose another output_dir")
         return
     log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=state.step) if rank() == 0 else None
-    batches = _endless(loader)
+    streams = {lane: _endless(loader) for lane, loader in state.loaders.items()}
     is_terminal = sys.stderr.isatty()
     bar = tqdm(total=run.num_steps, initial=state.step, disable=rank() > 0, unit="step", mininterval=0.5 if is_terminal else 30)
     with _sigterm() as terminated, bar:
         while state.step < run.num_steps:
             started = time.perf_counter()
-            record = train_step(state, [next(batches) for _ in range(run.accumulate)], run, optim)
+            record = train_step(state, {lane: next(batches) for lane, batches in streams.items()}, run, optim)
             state.seconds += time.perf_counter() - started
             _report(state, record, run, log, bar)
             if on_sample is not None and run.sample_every and state.step % run.sample_every == 0:
@@ -105,33 +110,33 @@ def fit(
             if stop and state.step < run.num_steps:
                 _say(f"terminated: saved step {state.step} of {run.num_steps}; the same command resumes")
                 raise SystemExit(EXIT_TERMINATED)
-    if rank() == 0:
-        save_model(model, state.ema, final)
-    barrier()
+    save_model(model, state.ema, final)
 
 
-def train_step(state: TrainState, batches: list[Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
-    """One optimiser step on `batches`; returns the global sums `sum/*`, `count/*`, `items`, and `grad_norm`."""
+
+def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
+    """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*`, `items`, and `grad_norm`."""
     model, device = state.model, torch.device(run.device)
     weights = cast(Trainable, model).loss_weights
-    counts = _global_counts(cast(Trainable, model), batches)
+    counts = _global_counts(cast(Trainable, model), list(batches.values()))
     totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
-    for batch in batches:
+    for lane, batch in batches.items():
+        torch.manual_seed(noise_seed(run.seed, state.step, lane))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
             output = model(**_to_device(batch, device))
         terms = [weights[k] / counts[k] * output.loss_sums[k] for k in weights if counts[k] and k in output.loss_sums]
-        loss = cast(Tensor, sum(terms))
+        loss = cast(Tensor, sum(terms, touch(model)))
         if isinstance(loss, Tensor) and loss.requires_grad:
-            loss.backward()
+            (loss * loss_factor(model)).backward()
         totals += _totals(output, weights, batch, device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if world_size() > 1:
-        _sum_gradients(parameters)
+        _sum_gradients([p for p in parameters if not is_sharded(p)])
         dist.all_reduce(totals)
-    grad_norm = nn.utils.clip_grad_norm_(parameters, optim.clip_norm)
+    grad_norm = full_value(nn.utils.clip_grad_norm_(parameters, optim.clip_norm))
     record = _record(weights, counts, [*totals.tolist(), float(grad_norm)])
     if not all(math.isfinite(value) for value in record.values()):
-        _refuse(state, batches, record, run)
+        _refuse(state, list(batches.values()), record, run)
     set_lr(state.optimizers, lr_factor(state.step, run.num_steps, optim))
     for optimizer in state.optimizers:
         optimizer.step()
@@ -139,6 +144,11 @@ def train_step(state: TrainState, batches: list[Batch], run: RunSettings, optim:
     update_ema(state.ema, model, run.ema_decay, state.step)
     state.step += 1
     return record
+
+
+def noise_seed(seed: int, step: int, lane: int) -> int:
+    """Seed of all that is drawn in the forward of a lane's batch."""
+    return int(np.random.SeedSequence([seed, step, lane]).generate_state(1, np.uint64)[0] >> 1)
 
 
 # -- the parts of a step -------------------------------------------------------------------------------------------
@@ -215,21 +225,26 @@ def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], r
 # -- around the steps ----------------------------------------------------------------------------------------------
 
 
-def _start(model: nn.Module, loader: Loader, run: RunSettings, optim: OptimSettings, settings: dict[str, Any]) -> TrainState:
+def _start(
+    model: nn.Module, make_loader: MakeLoader, run: RunSettings, optim: OptimSettings, settings: dict[str, Any]
+) -> TrainState:
     """A state at step 0, or at the newest checkpoint; every process has the weights of the first."""
     if run.num_threads is not None:
         torch.set_num_threads(run.num_threads)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
-    random.seed(run.seed + rank())
-    np.random.seed((run.seed + rank()) % 2**32)
-    torch.manual_seed(run.seed + rank())
+    newest = latest(run.output_dir)
+    lanes = run.lanes or (world_size() if newest is None else num_lanes(newest))
+    if lanes % world_size():
+        raise ValueError(f"{lanes} lanes cannot be shared by {world_size()} processes; set run.lanes to a multiple of them, or "
+                         f"start as many processes as divide {lanes}")  # fmt: skip
     model.to(run.device).train()
     if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             if not is_quantized(tensor):  # those come from the same folder in every process and never change
                 dist.broadcast(tensor.detach(), src=0)
-    state = TrainState(model, start_ema(model), build_optimizers(model, optim), loader)
-    newest = latest(run.output_dir)
+    prepare(model, run)
+    loaders = {lane: make_loader(lane, lanes) for lane in range(rank(), lanes, world_size())}
+    state = TrainState(model, start_ema(model), build_optimizers(model, optim), loaders, lanes)
     if newest is not None:
         load_checkpoint(state, newest)
         changed = differences(read(newest / "settings.yaml"), settings)
@@ -276,10 +291,8 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
 
 def _sample(state: TrainState, on_sample: Callable[[nn.Module, int], None]) -> None:
     if rank() == 0:
-        kept = rng_state()
         with averaged(state.model, state.ema) as model, torch.no_grad():
             on_sample(model, state.step)
-        set_rng_state(kept)
     barrier()
 
 

@@ -52,7 +52,10 @@ class RunSettings:
     output_dir: str
     num_steps: int
     seed: int = 0
-    accumulate: int = 1  # batches of the loader per optimiser step and process
+    lanes: int | None = None  # batches per optimiser step over all processes; null: as the checkpoint, or one per process
+    sharding: Literal["no", "full", "offload"] = "no"  # FSDP2; offload: shards wait in the memory of the CPU
+    checkpoint_activations: bool = False  # keep only the inputs of the backbone's layers and compute the rest again
+    compile: bool = False  # each layer of the backbone; needs a compiler
     ema_decay: float = 0.995
     log_every: int = 10
     save_every: int = 250
@@ -63,8 +66,9 @@ class RunSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "accumulate", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("num_steps", "log_every", "save_every", "keep_checkpoints"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
+        _require(self, "lanes", self.lanes is None or self.lanes >= 1, "null or at least 1")
         _require(self, "sample_every", self.sample_every >= 0, "at least 0 (0: never)")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
         _require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "null or at least 1")

@@ -94,13 +94,15 @@ def run_stage(
     settings: dict[str, Any],
 ) -> None:
     """Train and leave model and processor in `run.output_dir/final`."""
-    with joined(run.device) as (rank, world_size):
+    with joined(run.device) as (rank, _):
         dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
-        loader = PackedLoader(
-            dropping, processor, data.rows_per_batch, data.row_length, rank=rank, world_size=world_size, seed=run.seed
-        )
-        fit(model, loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)), settings=settings)
+
+        def make_loader(lane: int, num_lanes: int) -> PackedLoader:
+            shard = {"rank": lane, "world_size": num_lanes, "seed": run.seed}
+            return PackedLoader(dropping, processor, data.rows_per_batch, data.row_length, **shard)
+
+        fit(model, make_loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)), settings=settings)
         if rank == 0:
             plot_curves(Path(run.output_dir) / "metrics.jsonl")
             processor.save_pretrained(Path(run.output_dir) / "final")
