@@ -32,6 +32,7 @@ TABLES = (
 )
 MAIN_NUMBERS = (
     ("small_geneval", "overall", "SmallGenEval"),
+    ("small_geneval_direct", "overall", "begin-of-image forced"),
     ("small_mme", "overall", "SmallMME accuracy"),
     ("small_mme", "acc_plus", "SmallMME acc+"),
     ("describing", "objects", "objects named right"),

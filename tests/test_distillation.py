@@ -235,15 +235,15 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, start: str) -> None:
         if step == 4:
             raise InterruptedRunError
 
-    fit(distillation(**SETTINGS, start=start), Batches(), run_settings(tmp_path / "whole"), FAST)
+    fit(distillation(**SETTINGS, start=start), lambda lane, num_lanes: Batches(), run_settings(tmp_path / "whole"), FAST)
     broken = run_settings(tmp_path / "broken", sample_every=1)
     with pytest.raises(InterruptedRunError):
-        fit(distillation(**SETTINGS, start=start), Batches(), broken, FAST, on_sample=interrupt)
+        fit(distillation(**SETTINGS, start=start), lambda lane, num_lanes: Batches(), broken, FAST, on_sample=interrupt)
     made = distillation(**SETTINGS, start=start)
     with torch.no_grad():
         for parameter in [*made.teacher.parameters(), *made.model.diffusion_head.parameters()]:
             parameter.zero_()
-    fit(made, Batches(), broken, FAST)
+    fit(made, lambda lane, num_lanes: Batches(), broken, FAST)
     whole, resumed = (load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "broken"))
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
@@ -253,7 +253,7 @@ def test_only_the_head_trains_and_the_result_is_a_plain_model(tmp_path: Path) ->
     made = distillation(**SETTINGS)
     before = copy.deepcopy(made.model.state_dict())
     teacher = copy.deepcopy(made.teacher.state_dict())
-    fit(made, Batches(), run_settings(tmp_path, num_steps=3), FAST)
+    fit(made, lambda lane, num_lanes: Batches(), run_settings(tmp_path, num_steps=3), FAST)
     assert all(torch.equal(value, teacher[name]) for name, value in made.teacher.state_dict().items())
     assert not any(parameter.requires_grad for parameter in made.teacher.parameters())
     model = OrthusForConditionalGeneration.from_pretrained(str(tmp_path / "final")).eval()
