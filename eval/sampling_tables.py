@@ -24,9 +24,13 @@ def speed_section(name: str, result: Mapping[str, Any]) -> list[str]:
     ceilings = result["ceilings"]
     rates = ", ".join(f"{rate:,.0f} GFLOP/s in {dtype}" for dtype, rate in ceilings["gflop_per_s"].items())
     lines += ["", f"- measured in the same run: {ceilings['bandwidth_gb_per_s']:.1f} GB/s, {rates}"]
+    if "reference_seconds_per_image" in result:
+        both = " and ".join(f"{seconds:.0f}" for seconds in result["reference_seconds_per_image"])
+        lines += [f"- reference loop, first and last in the run: {both} s per image; the faster counts"]
     for key in ("position_ratio_1024_64", "bandwidth_floor_ratio", "max_abs_image_difference"):
         if key in result:
-            lines += [f"- {key.replace('_', ' ')}: {result[key]:.3g}"]
+            compared = f" (first {result['num_compared']} latents of an image)" if key == "max_abs_image_difference" else ""
+            lines += [f"- {key.replace('_', ' ')}: {result[key]:.3g}{compared}"]
     hardware = ", ".join(str(value) for value in result["hardware"].values())
     lines += [f"- command: `{result['command']}`, commit {result['commit']}", f"- {hardware}, {result['threads']} threads"]
     return [*lines, ""]

@@ -90,6 +90,8 @@ class Settings:
             raise ValueError(f"error_steps lack {', '.join(map(str, missing))}, which score_steps or exact_steps need; add them")
         if self.guidance not in self.error_guidance:
             raise ValueError(f"error_guidance={list(self.error_guidance)} lacks guidance={self.guidance:g}; add it")
+        if "score" in self.parts and "error" not in self.parts:
+            raise ValueError("parts=[score] has no errors by which to choose spacings; let parts=[error, score]")
         scored(self, {}, "")  # checks the settings that it takes over
 
 

@@ -11,18 +11,18 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-ACCELERATIONS = ("auto", "none", "compile", "graph")
+ACCELERATIONS = ("auto", "none", "packed", "compile", "graph")
 MAX_PACKED_BYTES = 2**30  # weights of a backbone that may be kept twice
 WARM_UP_CALLS = 3
 Module = TypeVar("Module", bound=nn.Module)
 
 
 def resolve(acceleration: str, device: torch.device) -> str:
-    """What `acceleration` means on `device`: `"auto"` is graphs on CUDA and nothing elsewhere. ValueError for what cannot be."""
+    """What `acceleration` means on `device`: `"auto"` is graphs on CUDA and packed weights on a CPU. Raises ValueError."""
     if acceleration not in ACCELERATIONS:
         raise ValueError(f"acceleration={acceleration!r} is not one of {', '.join(ACCELERATIONS)}")
     if acceleration == "auto":
-        return "graph" if device.type == "cuda" else "none"
+        return {"cuda": "graph", "cpu": "packed"}.get(device.type, "none")
     if acceleration == "graph" and device.type != "cuda":
         raise ValueError(f"acceleration='graph' needs a CUDA device, the model is on {device}; use 'auto', 'none' or 'compile'")
     return acceleration
@@ -42,8 +42,10 @@ class PackedLinear(nn.Module):
 
 
 def is_packable(module: nn.Module) -> bool:
-    """Whether `module` is a plain linear layer on a CPU whose arithmetic oneDNN has."""
+    """Whether `module` is a plain linear layer on a CPU whose arithmetic oneDNN has, and which nobody watches."""
     if type(module).forward is not nn.Linear.forward or not isinstance(module, nn.Linear):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks or torch.is_autocast_enabled("cpu"):
         return False
     weight = module.weight
     plain = type(weight) in (nn.Parameter, Tensor) and weight.device.type == "cpu" and "forward" not in module.__dict__

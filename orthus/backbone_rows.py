@@ -71,8 +71,8 @@ class Prompt:
 class BackboneRows:
     """Feeds embeddings of `B` rows in each of several streams and returns the hidden states of their last position.
 
-    `acceleration` is `"none"`, `"compile"` or `"graph"`; the last two keep a static cache, which grows by blocks.
-    `may_fall_back`: where a graph cannot be captured, warn and go on without.
+    `acceleration`: `"compile"` and `"graph"` keep a static cache, which grows by blocks. `may_fall_back`: do without where the
+    backbone does not allow that, and, with a warning, where a graph cannot be captured.
     """
 
     def __init__(
@@ -90,13 +90,21 @@ class BackboneRows:
         self.input_ids = torch.cat(ids)
         self.latents = [stream.image_latents for stream in streams if stream.image_latents is not None]
         known = torch.cat([pad_left(stream.attention_mask, self.width, 0) for stream in streams]).long()
-        self.mask = torch.nn.functional.pad(known, (0, max_new_positions))  # of all columns that there will ever be
+        # Of all columns that there will ever be, and those that calls before a capture fill for nothing.
+        self.mask = torch.nn.functional.pad(known, (0, max_new_positions + ways.WARM_UP_CALLS))
         self.prompt_lengths = known.sum(-1)
         self.positions = self.prompt_lengths.clone()
         self.num_columns = self.width
         self.capacity = 0  # columns of the static cache
-        self.is_static = acceleration != "none"
         self.cache: Any = growing_cache(model.config.text_config)
+        self.is_static = acceleration in ("compile", "graph")
+        if self.is_static and not all(type(layer) is GrowingLayer for layer in self.cache.layers):
+            if not may_fall_back:
+                raise ValueError(
+                    f"acceleration={acceleration!r} needs a backbone that keeps all positions in every layer (no sliding "
+                    "windows, no recurrent layers); use 'auto' or 'none'"
+                )
+            self.is_static, acceleration = False, "none"
         self.graphs = ways.Graphs() if acceleration == "graph" or (acceleration == "compile" and ids[0].is_cuda) else None
         self.forward = ways.compiled(_forward) if acceleration == "compile" else _forward
 
@@ -104,7 +112,9 @@ class BackboneRows:
         """Feed all prompts, equal ones once; hidden states `(streams, B, D)` of their last positions."""
         latents = torch.cat(self.latents) if self.latents else None
         known, config = self.mask[:, : self.width], self.model.config
-        rows, copies = _unique_rows(self.input_ids, known, latents, config)
+        rows, copies = list(range(len(known))), torch.arange(len(known), device=known.device)
+        if all(hasattr(layer, "batch_select_indices") for layer in self.cache.layers):
+            rows, copies = _unique_rows(self.input_ids, known, latents, config)
         if latents is not None:
             split = _per_row(self.input_ids, latents, config)
             latents = torch.cat([split[row] for row in rows])
@@ -124,7 +134,7 @@ class BackboneRows:
         positions = self.positions.unsqueeze(-1) + torch.arange(added, device=seen.device)
         self.positions = self.positions + added * seen
         self.num_columns += added
-        if self.is_static and self.num_columns > self.capacity:
+        if self.is_static and self.num_columns + ways.WARM_UP_CALLS > self.capacity:
             self._grow(self.num_columns - added)
         embeddings = embeddings.repeat(self.num_streams, 1, 1)
         if not self.is_static:
@@ -149,9 +159,7 @@ class BackboneRows:
 
     def _grow(self, known: int) -> None:
         """Move the `known` columns of the cache into a static one with room for those fed now and a block more."""
-        if any(getattr(layer, "is_sliding", False) for layer in self.cache.layers):
-            raise ValueError("acceleration='compile' and 'graph' need a backbone without sliding windows; use 'none'")
-        self.capacity = min(self.num_columns + STATIC_BLOCK, self.mask.shape[1])
+        self.capacity = min(self.num_columns + ways.WARM_UP_CALLS + STATIC_BLOCK, self.mask.shape[1])
         static = StaticCache(config=self.model.config.text_config, max_cache_len=self.capacity)
         for index, layer in enumerate(self.cache.layers):
             static.update(layer.keys[:, :, :known], layer.values[:, :, :known], index)

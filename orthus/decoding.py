@@ -109,7 +109,7 @@ class DecodingLoop:
 
     def run(self, on_position: Callable[[int], None] | None) -> list[Row]:
         streamer = self.writing.streamer
-        with acceleration.packed(self.model.backbone) if self.way == "none" else nullcontext():
+        with acceleration.packed(self.model.backbone) if self.way == "packed" else nullcontext():
             if streamer is not None:
                 streamer.put(self.backbone.input_ids[: self.num_rows].cpu())
             hidden = self.backbone.read_prompts()

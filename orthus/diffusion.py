@@ -14,6 +14,7 @@ SOLVERS = ("ddim", "euler", "dpm++2m", "heun")
 SPACINGS = ("trailing", "log_snr")
 CUSTOMARY = {"ddim": ("trailing", 100), "euler": ("trailing", 100), "dpm++2m": ("log_snr", 20), "heun": ("trailing", 50)}
 """Spacing and number of evaluations of a solver when nothing else is said (docs/LOG.md)."""
+MIN_LOG_SNR_STEPS = 10  # with fewer evaluations the noisy part, which "log_snr" takes in one step, needs some of them
 LOG_SNR_RANGE = (-3.0, 3.5)  # log(signal / spread) of the second and the last node of "log_snr" (docs/LOG.md)
 
 
@@ -32,14 +33,14 @@ def zero_terminal_snr_alphas(num_steps: int, beta_start: float, beta_end: float)
     return torch.cumprod(1.0 - (1.0 - alphas), dim=0)
 
 
-def _check_num_steps(num_diffusion_steps: int, num_train_timesteps: int) -> None:
+def check_num_steps(num_diffusion_steps: int, num_train_timesteps: int) -> None:
     if not 1 <= num_diffusion_steps <= num_train_timesteps:
         raise ValueError(f"num_diffusion_steps must lie in 1..{num_train_timesteps}, got {num_diffusion_steps}")
 
 
 def trailing_timesteps(num_diffusion_steps: int, num_train_timesteps: int) -> Tensor:
     """Integer timesteps `(S,)`, falling, the last training step first (999, 989, ..., 9 for 100 of 1000)."""
-    _check_num_steps(num_diffusion_steps, num_train_timesteps)
+    check_num_steps(num_diffusion_steps, num_train_timesteps)
     spacing = num_train_timesteps / num_diffusion_steps
     steps = torch.arange(num_train_timesteps, 0, -spacing, dtype=torch.float64)[:num_diffusion_steps]
     return steps.round().long() - 1
@@ -76,7 +77,7 @@ def v_prediction_nodes(alphas_cumprod: Tensor, num_diffusion_steps: int, spacing
     `"trailing"`: evenly spaced steps, as published; `"log_snr"`: evenly spaced in log(signal / spread) (arXiv 2206.00927).
     """
     num_train = len(alphas_cumprod)
-    _check_num_steps(num_diffusion_steps, num_train)
+    check_num_steps(num_diffusion_steps, num_train)
     alphas = alphas_cumprod.double()
     if spacing == "trailing":
         times = trailing_timesteps(num_diffusion_steps, num_train)

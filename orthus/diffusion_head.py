@@ -177,7 +177,11 @@ class DiffusionHead(nn.Module):
         assert solver is not None
         is_own = solver == own.solver or {solver, own.solver} == {"ddim", "euler"}
         spacing, num = (own.spacing, own.num_diffusion_steps) if is_own else diffusion.CUSTOMARY[solver]
-        num, spacing = sampling.num_diffusion_steps or num, sampling.spacing or spacing
+        num = sampling.num_diffusion_steps or num
+        assert num is not None
+        if spacing == "log_snr" and num < diffusion.MIN_LOG_SNR_STEPS:
+            spacing = "trailing"
+        spacing = sampling.spacing or spacing
         return replace(sampling, solver=solver, spacing=spacing, num_diffusion_steps=num)
 
     def sampler_steps(self, sampling: Sampling) -> diffusion.Steps:
@@ -187,6 +191,8 @@ class DiffusionHead(nn.Module):
         assert num is not None and solver is not None and spacing is not None
         if self.config.objective != "flow_matching" and solver == "euler":
             raise ValueError("solver='euler' needs objective=flow_matching; this head has v_prediction: use ddim")
+        if self.config.objective != "flow_matching":
+            diffusion.check_num_steps(num, self.config.num_train_timesteps)
         num_nodes = num // 2 + 1 if solver == "heun" else num
         if self.config.objective == "flow_matching":
             nodes = diffusion.flow_nodes(num_nodes, spacing)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 MODALITIES = ("text", "image", "interleaved")
 DEFAULT_TEXT_TOKENS = 256
+FOREIGN_NAMES = {"num_inference_steps": "num_diffusion_steps", "guidance_scale": "guidance"}  # what others call our options
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -110,7 +111,8 @@ class OrthusGenerationMixin(GenerationMixin):
                 latents as they are drawn if it has `put_latents`; see [`orthus.streaming.SegmentStreamer`].
             generator: one generator, or one per row of the output (draws that do not depend on the rest of the batch).
             noise: `(B, max_images, L, C)` standard normal draws to replay.
-            acceleration: `"auto"` (captured graphs on CUDA), `"none"`, `"compile"` or `"graph"`; on a CPU weights are packed.
+            acceleration: `"auto"` (`"graph"`, captured graphs, on CUDA; `"packed"`, packed weights and look-ahead, on a CPU),
+                `"compile"` or `"none"`, the plain loop.
             decode: also return pixels.
             on_position: called with the number of positions done, once per backbone call.
             options: fields of [`orthus.sampling.Sampling`] (`solver`, `num_diffusion_steps`, `guidance_interval`, ...).
@@ -148,7 +150,9 @@ class OrthusGenerationMixin(GenerationMixin):
             options |= {"num_return_sequences": num_return_sequences} if with_beams else {}
             return _write(model, prompt, processors, stopping_criteria, on_position, options)
         if text_options:
-            raise ValueError(f"options {sorted(text_options)} are for modality='text' without text_guidance only; drop them")
+            meant = [f"{name} is {FOREIGN_NAMES[name]} here" for name in text_options if name in FOREIGN_NAMES]
+            remedy = "; ".join(meant) or "drop them"
+            raise ValueError(f"options {sorted(text_options)} are for modality='text' without text_guidance only; {remedy}")
         writing = Writing(processors, StoppingCriteriaList(stopping_criteria or ()), choice, text_guidance, streamer)
         rows = DecodingLoop(model, streams, limits, drawing, writing).run(on_position)
         return _output(model, rows, decode)

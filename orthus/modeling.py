@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
@@ -293,8 +292,7 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
         image_token = self.config.image_token_id
         targets, sources = labels[:, 1:], hidden[:, :-1]
         is_latent, is_text = targets == image_token, (targets != IGNORE_INDEX) & (targets != image_token)
-        text_logits = self.lm_head(sources[is_text])
-        text_sum = F.cross_entropy(text_logits.float(), targets[is_text], reduction="sum")
+        text_sum = cast(TextHead, self.lm_head).cross_entropy(sources[is_text], targets[is_text])
         image_sum = text_sum.new_zeros(())
         if bool(is_latent.any()):
             if latents is None or bool((labels[:, 1:][is_latent] != input_ids[:, 1:][is_latent]).any()):

@@ -63,10 +63,12 @@ class Sampling:
         _require_one("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         for name in ("num_diffusion_steps", "last_diffusion_steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         if (self.step_schedule == "constant") != (self.last_diffusion_steps is None):
             raise ValueError("step_schedule='linear' or 'cosine' and last_diffusion_steps come together; give both or neither")
+        if self.guidance_interval is None or len(self.guidance_interval) != 2:
+            raise ValueError(f"guidance_interval={self.guidance_interval} is no pair of numbers; (0, 1) guides throughout")
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval={self.guidance_interval} is no interval within [0, 1]")
@@ -91,15 +93,17 @@ class _Plan:
 class LatentSampler:
     """Draws latents with one head and one set of options; weights must not change while it is in use."""
 
-    def __init__(self, head: "DiffusionHead", sampling: Sampling, acceleration: str = "none") -> None:
-        self.head, self.sampling = head, head.resolve(sampling)
-        self.core: DiffusionHead = head if acceleration == "compile" else packed_copy(head)
+    def __init__(self, head: "DiffusionHead", sampling: Sampling, acceleration: str = "packed") -> None:
+        self.head, self.asked, self.sampling = head, sampling, head.resolve(sampling)
+        self.may_look_ahead = acceleration == "packed" and head.input_proj.weight.device.type == "cpu"
+        self.core: DiffusionHead = packed_copy(head) if acceleration == "packed" else head
         self.denoise = compiled(head.denoise) if acceleration == "compile" else self.core.denoise
         is_captured = acceleration == "graph" or (acceleration == "compile" and head.input_proj.weight.is_cuda)
         self.graphs = Graphs() if is_captured else None
         self.plans: dict[int, _Plan] = {}
         self.num_passes = 0  # evaluations of the head so far, a look-ahead of several steps counting once
-        self.plan(self.num_steps_at(0, 1))
+        for num_steps in {self.num_steps_at(0, 1), sampling.last_diffusion_steps or 1}:
+            self.plan(num_steps)
 
     def num_steps_at(self, place: int, num_latents: int) -> int:
         """Evaluations of the head for the latent at raster index `place` of an image of `num_latents`."""
@@ -121,7 +125,7 @@ class LatentSampler:
     def plan(self, num_steps: int) -> _Plan:
         """The tables of a run of `num_steps` evaluations."""
         if num_steps not in self.plans:
-            steps = self.head.sampler_steps(replace(self.sampling, num_diffusion_steps=num_steps))
+            steps = self.head.sampler_steps(replace(self.asked, num_diffusion_steps=num_steps))
             times = self.head.embed_times(steps.times.to(self.head.cond_embed.weight.device))
             guided = self.head.is_guided(steps.times, self.sampling.guidance_interval)
             self.plans[num_steps] = _Plan(times, steps.state.tolist(), steps.memory.tolist(), guided)
@@ -154,7 +158,8 @@ class LatentSampler:
         x = noise.to(torch.promote_types(streams.dtype, torch.float32))
         if self.graphs is None:
             return self._run(plan, streams, x, guidance, image_guidance) / self.head.config.latent_scale
-        weights = [torch.as_tensor(w, device=x.device).to(x).expand(len(x), 1) for w in (guidance, image_guidance or 0.0)]
+        given = 0.0 if image_guidance is None else image_guidance
+        weights = [torch.as_tensor(w, device=x.device).to(x).expand(len(x), 1) for w in (guidance, given)]
 
         def run(streams: Tensor, x: Tensor, guidance: Tensor, image_guidance: Tensor) -> Tensor:
             return self._run(plan, streams, x, guidance, image_guidance) / self.head.config.latent_scale
@@ -205,7 +210,7 @@ class LatentSampler:
 
     def _window(self, x: Tensor, used: int) -> int:
         """How many diffusion steps are evaluated at once."""
-        return max(1, LOOKAHEAD_ROWS // (len(x) * used)) if x.device.type == "cpu" else 1
+        return max(1, LOOKAHEAD_ROWS // (len(x) * used)) if self.may_look_ahead else 1
 
     def _is_near(self, x: Tensor, guess: Tensor) -> bool:
         tolerance = LOOKAHEAD_TOLERANCE if self.head.input_proj.weight.dtype == torch.float32 else LOOKAHEAD_TOLERANCE_ROUNDED

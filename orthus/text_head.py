@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+MAX_LOGIT_BYTES = 256 * 2**20  # of logits in fp32 that a loss holds at a time
 
 
 class TextHead(nn.Linear):
@@ -23,3 +27,16 @@ class TextHead(nn.Linear):
         if self.factor != 1.0:
             logits = logits * self.factor
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+    def cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross-entropy of `targets` `(N,)` given `hidden` `(N, D)`. Beyond `MAX_LOGIT_BYTES` the positions are taken in
+        parts, whose logits the backward computes again, so that they never exist together."""
+        size = max(1, MAX_LOGIT_BYTES // (4 * self.out_features))
+        if len(targets) <= size or not self.training:
+            return self._part(hidden, targets)
+        parts = zip(hidden.split(size), targets.split(size), strict=True)
+        sums = [checkpoint(self._part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]
+        return sum(sums[1:], sums[0])
+
+    def _part(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self(hidden).float(), targets, reduction="sum")

@@ -1,5 +1,7 @@
 """The model: losses as sums and counts, what feeds which head, packing, saving, and refusals."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
@@ -7,6 +9,7 @@ from transformers import LlamaConfig
 
 from orthus.configuration import OrthusConfig
 from orthus.modeling import OrthusForConditionalGeneration, needs_one_row
+from orthus.text_head import TextHead
 
 BOI, EOI, SEP, IMG = 4, 5, 6, 7
 IMAGE = [BOI, IMG, IMG, IMG, IMG, EOI]
@@ -53,6 +56,20 @@ def test_losses_have_counts_and_gradients(objective: str, embedding: str) -> Non
     for part in ("backbone", "lm_head", "diffusion_head", "latent_embedding"):
         grads = [p.grad for p in getattr(model, part).parameters() if p.grad is not None]
         assert embedding == "argmin" and part == "latent_embedding" or any(g.abs().sum() > 0 for g in grads), part
+
+
+def test_cross_entropy_in_parts_is_the_same_and_holds_the_logits_of_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = TextHead(SimpleNamespace(hidden_size=8, vocab_size=50, final_logit_softcapping=3.0)).train()
+    hidden, targets = torch.randn(70, 8, requires_grad=True), torch.randint(50, (70,))
+    whole = head.cross_entropy(hidden, targets)
+    expected = torch.autograd.grad(whole, (hidden, head.weight))
+    largest = []
+    monkeypatch.setattr("orthus.text_head.MAX_LOGIT_BYTES", 4 * 50 * 16)
+    head.register_forward_hook(lambda module, given, logits: largest.append(len(logits)))
+    parts = head.cross_entropy(hidden, targets)
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, (hidden, head.weight)), expected)
+    assert max(largest) == 16 and len(largest) == 2 * 5  # each part again in the backward
 
 
 def test_packed_equals_padded(model: OrthusForConditionalGeneration) -> None:

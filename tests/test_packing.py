@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from orthus.data.packing import PackedLoader, choose_row, shuffled
-from orthus.data.schema import Example, Turn
+from orthus.data.schema import BadItem, Example, Turn
 from orthus.processing import OrthusProcessor, build_processor
 
 WORDS = ["red", "blue", "circle", "star", "left", "of", "two"]
@@ -103,10 +103,10 @@ def test_ranks_share_the_examples_without_overlap(processor: OrthusProcessor) ->
 
 @pytest.mark.parametrize("dataset", [Endless(), Sized(50)])
 def test_resumed_equals_uninterrupted(processor: OrthusProcessor, dataset: Endless) -> None:
-    def loader() -> PackedLoader:
-        return PackedLoader(dataset, processor, 2, 64, rank=1, world_size=2, start_index=5, seed=3)
+    def loader(num_threads: int = 0) -> PackedLoader:
+        return PackedLoader(dataset, processor, 2, 64, rank=1, world_size=2, start_index=5, seed=3, num_threads=num_threads)
 
-    whole, resumed = loader(), loader()
+    whole, resumed = loader(), loader(num_threads=3)
     for _ in range(3):
         next(whole)
     state = whole.state_dict()
@@ -173,6 +173,27 @@ def test_long_examples_are_counted_and_reported(processor: OrthusProcessor) -> N
     ):
         warnings.simplefilter("ignore")
         next(PackedLoader(WithLong(), processor, 2, 64))
+
+
+@pytest.mark.parametrize("num_threads", [0, 2])
+def test_bad_items_are_counted_by_source_and_too_many_end_the_run(processor: OrthusProcessor, num_threads: int) -> None:
+    class Damaged(Endless):
+        def __getitem__(self, index: int) -> Example:
+            if index % 40 == 7:
+                raise BadItem("shards", f"00.tar, sample {index}: the picture is cut off")
+            return super().__getitem__(index)
+
+    loader = PackedLoader(Damaged(), processor, 2, 64, max_dropped_fraction=0.05, num_threads=num_threads)
+    with pytest.warns(UserWarning, match="source 'shards': 00.tar, sample 7: the picture is cut off: dropped") as warned:
+        seen = [index_of(processor, ids) for batch in itertools.islice(loader, 20) for ids, _ in examples_of(batch)]
+    assert len(warned) == 1 and loader.bad["shards"] >= 3 and not [index for index in seen if index % 40 == 7]
+    resumed = PackedLoader(Damaged(), processor, 2, 64, max_dropped_fraction=0.05)
+    resumed.load_state_dict(loader.state_dict())
+    assert resumed.bad == loader.bad and same(next(resumed), next(loader))
+    strict = PackedLoader(Damaged(), processor, 2, 64, num_threads=num_threads)
+    with warnings.catch_warnings(), pytest.raises(ValueError, match=r"dropped 2 .*'bad in shards': 2.*sample 47.*repair"):
+        warnings.simplefilter("ignore")
+        next(strict)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.99])

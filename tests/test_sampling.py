@@ -190,8 +190,7 @@ BACKBONES: dict[str, dict] = {
 
 def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, family: str = "llama", **options) -> tuple[Tensor, Tensor]:
     """Latents of three rows and two images drawn plainly and in another way."""
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    fields = {"model_type": family, **sizes, **BACKBONES[family]}
+    fields = {"model_type": family, **SIZES, **BACKBONES[family]}
     if family == "chameleon":
         fields["vq_config"] = {"base_channels": 32, "channel_multiplier": [1], "num_embeddings": 8, "embed_dim": 4}
     model, noise = tiny_model(**({} if family == "llama" else {"text_config": fields})), torch.randn(3, 2, 4, 3)
@@ -199,10 +198,8 @@ def draw_twice(monkeypatch: pytest.MonkeyPatch, way: str, family: str = "llama",
     options = {"modality": "image", **options}
     mask = torch.tensor([[1, 1, 1], [0, 1, 1], [1, 1, 1]])
     plain = model.generate(PROMPTS, mask, acceleration="none", **options)
-    monkeypatch.setattr(acceleration, "Graphs", Replaying)
-    monkeypatch.setattr(sampling, "Graphs", Replaying)
     if way == "graph":
-        monkeypatch.setattr(acceleration, "resolve", lambda asked, device: way)
+        standing_in(monkeypatch)
     fast = model.generate(PROMPTS, mask, acceleration=way, **options)
     return torch.stack(plain.image_latents), torch.stack(fast.image_latents)
 
@@ -212,6 +209,66 @@ def test_static_cache_and_replayed_steps_equal_the_plain_loop(family: str, monke
     monkeypatch.setattr(backbone_rows, "STATIC_BLOCK", 6)  # so that the cache grows, twice
     plain, fast = draw_twice(monkeypatch, "graph", family)
     torch.testing.assert_close(fast, plain, atol=2e-4, rtol=1e-3)
+
+
+def standing_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`acceleration="auto"` as on a GPU."""
+    monkeypatch.setattr(acceleration, "Graphs", Replaying)
+    monkeypatch.setattr(sampling, "Graphs", Replaying)
+    monkeypatch.setattr(acceleration, "resolve", lambda asked, device: "graph")
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHER_CACHES = {
+    "sliding": {"model_type": "mistral", **SIZES, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32},
+    "recurrent": {"model_type": "lfm2", **SIZES, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CACHES)
+def test_backbones_with_other_caches_draw_without_graphs(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, noise = tiny_model(text_config=OTHER_CACHES[kind]), torch.randn(2, 1, 4, 3)
+    prompts, options = PROMPTS[:1].repeat(2, 1), {"modality": "image", "noise": noise, "solver": "ddim"}  # equal prompts too
+    plain = torch.stack(model.generate(prompts, acceleration="none", **options).image_latents)
+    alone = [model.generate(prompts[:1], **{**options, "noise": noise[i : i + 1]}).image_latents[0] for i in range(2)]
+    torch.testing.assert_close(plain, torch.stack(alone), atol=2e-4, rtol=1e-3)
+    standing_in(monkeypatch)
+    torch.testing.assert_close(torch.stack(model.generate(prompts, **options).image_latents), plain, atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"modality": "interleaved", "max_new_tokens": 2}, {"modality": "image"}])
+def test_calls_before_a_capture_have_room(options: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache is about to be full, or has just grown."""
+    model = tiny_model()
+    expected = model.generate(PROMPTS, acceleration="none", noise=torch.zeros(3, 1, 4, 3), **options)
+    standing_in(monkeypatch)
+    monkeypatch.setattr(backbone_rows, "STATIC_BLOCK", 1)
+    found = model.generate(PROMPTS, noise=torch.zeros(3, 1, 4, 3), **options)
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_autocast_and_watched_layers_run_unpacked() -> None:
+    model, seen = tiny_model(), []
+    handle = model.diffusion_head.blocks[0].mlp[0].register_forward_hook(lambda *_: seen.append(1))
+    model.generate(PROMPTS, modality="image", num_diffusion_steps=2)
+    handle.remove()
+    assert seen
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert len(model.generate(PROMPTS, modality="image", num_diffusion_steps=2).image_latents) == 3
+
+
+def test_few_evaluations_are_spaced_evenly() -> None:
+    """Where "log_snr" would cross all of the noise in one step; also at the end of a step schedule."""
+    head = tiny_model(head={"solver": None, "num_diffusion_steps": None}).diffusion_head
+    assert (head.config.solver, head.config.spacing, head.config.num_diffusion_steps) == ("dpm++2m", "log_snr", 20)
+    assert head.resolve(Sampling(num_diffusion_steps=9)).spacing == "trailing"
+    assert head.resolve(Sampling(num_diffusion_steps=9, spacing="log_snr")).spacing == "log_snr"
+    assert head.resolve(Sampling("heun")).num_diffusion_steps == 50 and head.resolve(Sampling("ddim")).spacing == "trailing"
+    sampler = LatentSampler(head, Sampling(step_schedule="linear", last_diffusion_steps=2))
+    assert sampler.plan(2).times[0].equal(LatentSampler(head, Sampling("ddim", 2)).plan(2).times[0])
+    even = head.sampler_steps(Sampling("ddim", 2)).times
+    assert head.sampler_steps(Sampling(num_diffusion_steps=2)).times.equal(even)
+    assert len(set(head.sampler_steps(Sampling(num_diffusion_steps=1000)).times.tolist())) == 1000
 
 
 @pytest.mark.slow
@@ -235,6 +292,9 @@ def test_captured_equals_eager_on_a_gpu(way: str) -> None:
     [
         ({"acceleration": "fast"}, "acceleration='fast' is not one of"),
         ({"acceleration": "graph"}, "needs a CUDA device"),
+        ({"num_inference_steps": 9}, "num_inference_steps is num_diffusion_steps here"),
+        ({"num_diffusion_steps": 10.0}, "must be a whole number of at least 1, got 10.0"),
+        ({"guidance_interval": None}, "guidance_interval=None is no pair"),
         ({"preset": "quick"}, "preset='quick' is unknown"),
         ({"preset": "exact", "num_diffusion_steps": 5}, "preset='exact' sets num_diffusion_steps"),
         ({"step_schedule": "linear"}, "come together"),

@@ -9,6 +9,7 @@ from conftest import tiny_model
 
 from eval import speed
 from eval.reference_loop import draw_latents
+from eval.sampling_tables import speed_section
 from eval.speed_clock import PARTS, Clock, watched
 from eval.speed_costs import bandwidth, costs, matrix_rate, per_image, reference_costs, sizes
 from eval.speed_measure import Run, window
@@ -133,13 +134,20 @@ def test_a_tiny_run_writes_what_it_measured(tmp_path: Path, capsys: pytest.Captu
         assert found[name] > 0, name
     assert found["max_abs_image_difference"] < 2e-3
     assert {"command", "commit", "versions", "hardware", "threads", "method", "ceilings"} <= set(found)
-    assert [one["name"] for one in found["configurations"]] == ["exact", "exact", "default", "grid", "reference", "exact"]
+    assert [one["name"] for one in found["configurations"]] == [
+        "reference", "exact", "exact", "default", "grid", "exact", "reference"
+    ]  # fmt: skip
+    assert found["exact_ratio_batch1"] == pytest.approx(
+        min(found["reference_seconds_per_image"]) / found["configurations"][1]["seconds_per_image"]
+    )
     for one in found["configurations"]:
         assert set(one["positions"]) == {"1", "4"} and one["seconds_per_image"] > 0 and one["peak_memory_bytes"] > 0
         for cell in one["positions"].values():
             assert cell["total"] == pytest.approx(sum(cell[part] for part in (*PARTS, "overhead")))
             assert {"flops", "weight_bytes", "cache_bytes", "bandwidth_fraction", "rate_fraction"} <= set(cell)
     assert "exact_ratio_batch1" in capsys.readouterr().out
+    section = "\n".join(speed_section("tiny", found))
+    assert "| published sampler, batch 1 |" in section and "first 4 latents" in section and "reference loop: ddim" in section
 
 
 def test_a_checkpoint_and_chosen_configurations(model, tmp_path: Path) -> None:

@@ -1,18 +1,20 @@
 """Examples -> batches of full rows. Examples share rows; `position_ids` restarting at 0 tell where each begins."""
 
-import hashlib
 import warnings
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from orthus.configuration import IGNORE_INDEX
-from orthus.data.schema import ExampleSource
+from orthus.data.schema import BadItem, ExampleSource
+from orthus.data.sources.order import shuffled
 from orthus.processing import OrthusProcessor, Rendered
 
 MIN_SEEN = 100  # examples before a fraction of dropped ones means anything
+AHEAD_PER_THREAD = 4  # examples that are read ahead
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,6 @@ def choose_row(lengths: list[int], row_length: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
-def shuffled(index: int, length: int, key: tuple[int, int]) -> int:
-    """Where `index` goes in a permutation of `range(length)` drawn by `key`, in constant time and memory.
-
-    A four-round Feistel network on the next even number of bits, repeated until it lands inside.
-    """
-    half = (max(length - 1, 1).bit_length() + 1) // 2
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for feistel_round in range(4):
-            digest = hashlib.blake2b(repr((key, feistel_round, right)).encode(), digest_size=8).digest()
-            left, right = right, left ^ (int.from_bytes(digest, "little") & mask)
-        index = left << half | right
-        if index < length:
-            return index
-
-
 class PackedLoader:
     """Endless iterator over batches, deterministic, sharded and resumable; one per rank.
 
@@ -72,9 +57,10 @@ class PackedLoader:
     (N, 3, H, W)` of all pictures in row-major order of their placeholders (absent if there are none). The first label
     of each example is -100; the rest of a row is padding: an example of its own whose labels are all -100.
 
-    An example longer than `row_length` is dropped, counted and warned about once per task; `ValueError` when more than
-    `max_dropped_fraction` are. `state_dict` describes the batches handed out so far: a prefetching wrapper must keep
-    the one that belongs to the batch it hands out.
+    An example longer than `row_length`, or one that its source calls a `BadItem`, is dropped, counted and warned about once per
+    task or source; `ValueError` when more than `max_dropped_fraction` are. `num_threads` threads read and render ahead, in order:
+    batches do not depend on them. `state_dict` describes the batches handed out so far: a prefetching wrapper must keep the one
+    that belongs to the batch it hands out.
     """
 
     def __init__(
@@ -89,6 +75,7 @@ class PackedLoader:
         seed: int | None = None,
         buffer_size: int = 64,
         max_dropped_fraction: float = 0.01,
+        num_threads: int = 0,
     ) -> None:
         if min(rows_per_batch, row_length, buffer_size) < 1:
             raise ValueError(f"{rows_per_batch=}, {row_length=}, {buffer_size=}; each must be at least 1")
@@ -107,9 +94,13 @@ class PackedLoader:
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self.buffer_size, self.max_dropped_fraction = buffer_size, max_dropped_fraction
         self._next = start_index + (rank - start_index) % world_size
+        self._threads = ThreadPoolExecutor(num_threads) if num_threads else None
+        self._ahead: deque[Future[_Waiting | BadItem]] = deque()  # of the positions from `_next` on
+        self._max_ahead = AHEAD_PER_THREAD * num_threads
         self._waiting: list[_Waiting] = []
         self.examples: Counter[str] = Counter()  # handed out, by task
         self.dropped: Counter[str] = Counter()  # too long, by task
+        self.bad: Counter[str] = Counter()  # unusable, by source
         self.num_real_tokens = 0
         self.num_tokens = 0
 
@@ -131,33 +122,48 @@ class PackedLoader:
         epoch, index = divmod(position, self._length)
         return index if self.seed is None else shuffled(index, self._length, (self.seed, epoch))
 
-    def _read(self, position: int) -> _Waiting:
+    def _read(self, position: int) -> _Waiting | BadItem:
         index = self._index(position)
-        example = self.dataset[index]
+        try:
+            example = self.dataset[index]
+        except BadItem as bad:
+            return bad
         try:
             return _Waiting(position, example.task, self.processor.render(example.turns))
         except ValueError as error:
             raise ValueError(f"example {index} of task {example.task!r}: {error}") from error
 
+    def _take(self) -> _Waiting | BadItem:
+        """What is at the next position."""
+        position = self._next
+        self._next += self.world_size
+        if self._threads is None:
+            return self._read(position)
+        while len(self._ahead) < self._max_ahead:
+            self._ahead.append(self._threads.submit(self._read, position + len(self._ahead) * self.world_size))
+        return self._ahead.popleft().result()
+
     def _refill(self) -> None:
         while len(self._waiting) < self.buffer_size:
-            waiting = self._read(self._next)
-            self._next += self.world_size
-            if len(waiting.rendered.input_ids) <= self.row_length:
-                self._waiting.append(waiting)
+            found = self._take()
+            if isinstance(found, BadItem):
+                self._drop(self.bad, found.source, str(found), "repair the source, or raise max_dropped_fraction")
+            elif len(found.rendered.input_ids) > self.row_length:
+                what = f"an example of task {found.task!r} has {len(found.rendered.input_ids)} tokens, more than row_length"
+                remedy = "raise row_length or max_dropped_fraction"
+                self._drop(self.dropped, found.task, f"{what} = {self.row_length}", remedy)
             else:
-                self._drop(waiting)
+                self._waiting.append(found)
 
-    def _drop(self, waiting: _Waiting) -> None:
-        what = f"an example of task {waiting.task!r} has {len(waiting.rendered.input_ids)} tokens, more than row_length"
-        if waiting.task not in self.dropped:
-            warnings.warn(f"{what} = {self.row_length}: dropped, and more like it will be counted", stacklevel=2)
-        self.dropped[waiting.task] += 1
-        num_dropped = self.dropped.total()
+    def _drop(self, counter: Counter[str], name: str, what: str, remedy: str) -> None:
+        if name not in counter:
+            warnings.warn(f"{what}: dropped, and more like it will be counted", stacklevel=2)
+        counter[name] += 1
+        num_dropped = self.dropped.total() + self.bad.total()
         seen = num_dropped + self.examples.total() + len(self._waiting)
         if num_dropped > self.max_dropped_fraction * max(seen, MIN_SEEN):
-            raise ValueError(f"dropped {num_dropped} of {seen} examples ({dict(self.dropped)}); the last: {what} = "
-                             f"{self.row_length}; raise row_length or max_dropped_fraction")  # fmt: skip
+            counts = {**self.dropped, **{f"bad in {source}": number for source, number in self.bad.items()}}
+            raise ValueError(f"dropped {num_dropped} of {seen} examples ({counts}); the last: {what}; {remedy}")
 
     def _next_row(self) -> list[_Waiting]:
         self._refill()
@@ -203,6 +209,7 @@ class PackedLoader:
             "waiting_positions": [waiting.position for waiting in self._waiting],
             "examples": dict(self.examples),
             "dropped": dict(self.dropped),
+            "bad": dict(self.bad),
             "num_real_tokens": self.num_real_tokens,
             "num_tokens": self.num_tokens,
             "shard": self._shard(),
@@ -219,6 +226,11 @@ class PackedLoader:
         if state["shard"] != self._shard():
             raise ValueError(f"state is of a loader with {state['shard']}, not {self._shard()}; make them equal")
         self._next = state["next_position"]
-        self._waiting = [self._read(position) for position in state["waiting_positions"]]
-        self.examples, self.dropped = Counter(state["examples"]), Counter(state["dropped"])
+        self._ahead.clear()
+        again = [self._read(position) for position in state["waiting_positions"]]
+        for found in again:
+            if isinstance(found, BadItem):
+                raise ValueError(f"an example that waited when the state was taken cannot be read any more: {found}")
+        self._waiting = [found for found in again if isinstance(found, _Waiting)]
+        self.examples, self.dropped, self.bad = (Counter(state[name]) for name in ("examples", "dropped", "bad"))
         self.num_real_tokens, self.num_tokens = state["num_real_tokens"], state["num_tokens"]

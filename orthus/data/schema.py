@@ -53,6 +53,17 @@ class Example:
                 raise TypeError(f"turn {place} is a {type(turn).__name__}; pass Turn(role, segments)")
 
 
+class BadItem(ValueError):
+    """One item of a source that cannot be used: a damaged picture, a wrong line. Loaders count it and read on."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        super().__init__(source, reason)
+        self.source, self.reason = source, reason
+
+    def __str__(self) -> str:
+        return f"source {self.source!r}: {self.reason}"
+
+
 class ExampleSource(Protocol):
     """Anything indexable. With a length it is read again and again; without one it is taken to be endless."""
 

@@ -98,6 +98,11 @@ class Distillation(nn.Module):
         model.config.head_config.solver, model.config.head_config.spacing = SAMPLER["solver"], SAMPLER["spacing"]
         self.student_steps = first_order_table(self.teacher, settings.num_diffusion_steps)
         self.teacher_steps = first_order_table(self.teacher, settings.num_diffusion_steps * settings.teacher_substeps)
+        if not torch.allclose(self.teacher_steps.times[:: settings.teacher_substeps], self.student_steps.times, atol=1e-4):
+            raise ValueError(
+                f"{settings.teacher_substeps} teacher_substeps for each of {settings.num_diffusion_steps} steps do not visit the "
+                "student's nodes, for times are whole training steps; let their product divide head_config.num_train_timesteps"
+            )
         self.guided = self.teacher.is_guided(self.teacher_steps.times, settings.guidance_interval)
 
     @property
