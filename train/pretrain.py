@@ -1,7 +1,7 @@
 """Base training of a new model: `python -m train.pretrain configs/small/base.yaml [key=value ...]`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -12,14 +12,16 @@ from orthus.autoencoder import Autoencoder
 from orthus.autoencoder_loading import load_autoencoder
 from orthus.building import build_orthus
 from orthus.data.pictures import PictureLoader
-from orthus.data.schema import Example
+from orthus.data.schema import Example, ExampleSource
+from orthus.data.sources import open_mixture
 from orthus.data.world.dataset import WorldDataset
 from orthus.processing import OrthusProcessor, build_processor
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
-from orthus.training.stages import DataSettings, SampleSettings, run_stage
+from orthus.training.stages import DataSettings, SampleSettings, first_examples, run_stage
 
-CODEBOOK_BATCHES = 32
+CODEBOOK_BATCHES, PICTURES_PER_BATCH = 32, 64
+MAX_EXAMPLES = 1_000_000  # in which pictures for the codebook are looked for
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ def main(argv: Sequence[str]) -> None:
     torch.manual_seed(stage.run.seed)
     autoencoder = load_autoencoder(stage.autoencoder)
     processor = make_processor(stage, autoencoder)
-    pictures = PictureLoader(stage.data.world, processor.image_processor, batch_size=64, num_objects=5)
-    latents = torch.cat([autoencoder.encode(batch["pixel_values"]).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
+    pictures = some_pictures(stage, processor)
+    latents = torch.cat([autoencoder.encode(batch).detach() for batch in islice(pictures, CODEBOOK_BATCHES)])
     parts = (autoencoder, processor.tokenizer, stage.backbone, stage.head, stage.options, latents)
     model = build_orthus(*parts, embedding_std=stage.embedding_std)
     model.set_attn_implementation(stage.attention)
@@ -59,9 +61,14 @@ def main(argv: Sequence[str]) -> None:
 
 def make_processor(stage: BaseStage, autoencoder: Autoencoder) -> OrthusProcessor:
     """A processor whose tokenizer has seen the words of every task of the recipe, later stages included."""
-    tasks = stage.tokenizer_tasks or stage.data.tasks
-    dataset = WorldDataset("train", tasks, stage.data.world, captions=stage.data.captions, plans=stage.data.plans)
-    corpus = [text for index in range(stage.tokenizer_examples) for text in texts(dataset[index])]
+    tasks, data = stage.tokenizer_tasks or stage.data.tasks, stage.data
+    sources: list[ExampleSource] = []
+    if tasks:
+        sources.append(WorldDataset("train", tasks, data.world, captions=data.captions, plans=data.plans))
+    if data.sources:
+        sources.append(open_mixture(data.sources, stage.run.seed))
+    examples = (example for source in sources for example in first_examples(source, stage.tokenizer_examples))
+    corpus = [text for example in examples for text in texts(example)]
     return build_processor(
         [*corpus, stage.unconditional_prompt],
         stage.tokenizer_vocab_size,
@@ -69,6 +76,19 @@ def make_processor(stage: BaseStage, autoencoder: Autoencoder) -> OrthusProcesso
         autoencoder.config.num_latents,
         stage.unconditional_prompt,
     )
+
+
+def some_pictures(stage: BaseStage, processor: OrthusProcessor) -> Iterator[torch.Tensor]:
+    """Pixel values `(N, 3, H, W)` of typical pictures: of the small world, or of the sources where there is none of it."""
+    images = processor.image_processor
+    if stage.data.tasks:
+        yield from (batch["pixel_values"] for batch in PictureLoader(stage.data.world, images, PICTURES_PER_BATCH, num_objects=5))
+        return
+    mixture = open_mixture(stage.data.sources, stage.run.seed, images.prepare, images.max_pixels)
+    segments = (s for example in first_examples(mixture, MAX_EXAMPLES) for turn in example.turns for s in turn.segments)
+    pictures = (segment for segment in segments if not isinstance(segment, str))
+    while batch := list(islice(pictures, PICTURES_PER_BATCH)):
+        yield images.pixel_values(batch)
 
 
 def texts(example: Example) -> list[str]:

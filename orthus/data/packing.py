@@ -85,8 +85,10 @@ class PackedLoader:
             raise ValueError(
                 f"start_index = {start_index}, max_dropped_fraction = {max_dropped_fraction}; need >= 0, and 0 <= f < 1"
             )
-        measure = getattr(dataset, "__len__", None)
-        self._length = None if measure is None else int(measure())
+        try:
+            self._length: int | None = len(dataset)  # type: ignore[arg-type]
+        except TypeError:  # endless
+            self._length = None
         if self._length == 0:
             raise ValueError("the dataset is empty; check its path or its filters")
         self.dataset, self.processor = dataset, processor
@@ -201,6 +203,12 @@ class PackedLoader:
         if images:
             batch["pixel_values"] = self.processor.image_processor.pixel_values(images)
         return batch
+
+    def counts(self) -> dict[str, int]:
+        """What has been handed out and dropped so far, by name; counts of several loaders add up."""
+        found = {"num_tokens": self.num_tokens, "num_real_tokens": self.num_real_tokens, **self.examples}
+        found |= {f"too long: {task}": number for task, number in self.dropped.items()}
+        return found | {f"bad: {source}": number for source, number in self.bad.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and strings: where to read on, which examples wait, and what has been counted."""

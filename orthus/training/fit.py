@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -282,11 +283,28 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
         "items_per_second": window["items"] / max(seconds, 1e-9),
         "seconds": state.seconds,
     }
+    metrics |= data_counts(state)
     state.window = {"since": state.seconds}
     if log is not None:
         log.write(metrics)
         shown = {"loss": metrics["loss"], **means}
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+
+def data_counts(state: TrainState) -> dict[str, float]:
+    """`data/*`: what the loaders of all processes have handed out and dropped so far, and the share of tokens that are not
+    padding; {} for loaders that do not count."""
+    mine: Counter[str] = Counter()
+    for loader in state.loaders.values():
+        mine.update(loader.counts() if hasattr(loader, "counts") else {})
+    everyones: list[Any] = [mine]
+    if world_size() > 1:
+        everyones = [None] * world_size()
+        dist.all_gather_object(everyones, mine)
+    total: Counter[str] = sum(everyones, Counter())
+    num_tokens, num_real = total.pop("num_tokens", 0), total.pop("num_real_tokens", 0)
+    fill = {"data/fill": num_real / num_tokens} if num_tokens else {}
+    return {**fill, **{f"data/{name}": float(number) for name, number in sorted(total.items())}}
 
 
 def _sample(state: TrainState, on_sample: Callable[[nn.Module, int], None]) -> None:

@@ -1,6 +1,7 @@
 """Base training and post-training of Orthus: the same stage, with a new model or with an earlier one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -13,7 +14,8 @@ from orthus.adapters import add_lora, quantization
 from orthus.configuration import DiffusionHeadConfig
 from orthus.data.dropping import ConditionDropping
 from orthus.data.packing import PackedLoader
-from orthus.data.schema import Turn
+from orthus.data.schema import BadItem, Example, ExampleSource, Turn
+from orthus.data.sources import Mixture, SourceSettings, open_mixture
 from orthus.data.world.dataset import WorldDataset
 from orthus.data.world.language import CaptionMix
 from orthus.data.world.scene import WorldConfig
@@ -29,16 +31,51 @@ from orthus.training.settings import OptimSettings, RunSettings
 
 @dataclass(frozen=True)
 class DataSettings:
-    """`tasks`: mixing weights by task. `drop`: share of examples, by task, whose condition is dropped for guidance.
-    `plans`: share of drawn pictures that are described in words first."""
+    """Examples of the small world, of `sources`, or of both, packed into rows.
 
-    tasks: dict[str, float]
+    tasks: mixing weights of the small world's tasks; {}: no small world.
+    sources: data of your own; see [`SourceSettings`]. `world_weight`: share of the small world beside them.
+    drop: share of examples, by task, whose condition is dropped for guidance.
+    captions, plans, world: of the small world; `plans`: share of drawn pictures that are described in words first.
+    max_dropped_fraction: of examples too long or unusable, before the run ends with an error.
+    num_threads: that read and decode ahead, for each lane.
+    """
+
+    tasks: dict[str, float] = field(default_factory=dict)
+    sources: tuple[SourceSettings, ...] = ()
+    world_weight: float = 1.0
     drop: dict[str, float] = field(default_factory=dict)
     captions: CaptionMix = CaptionMix()
     plans: float = 0.0
     world: WorldConfig = WorldConfig()
     rows_per_batch: int = 32
     row_length: int = 128
+    max_dropped_fraction: float = 0.01
+    num_threads: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.tasks and not self.sources:
+            raise ValueError("data has neither tasks of the small world nor sources; give data.tasks={t2i: 1.0} or data.sources")
+
+
+def first_examples(source: ExampleSource, number: int) -> Iterator[Example]:
+    """The usable ones of the first examples."""
+    for index in range(number):
+        with suppress(BadItem):
+            yield source[index]
+
+
+def open_data(data: DataSettings, processor: OrthusProcessor, seed: int) -> tuple[ExampleSource, int | None]:
+    """The examples, and the seed with which a loader is to shuffle them; mixtures shuffle themselves."""
+    world = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans) if data.tasks else None
+    if not data.sources:
+        return cast(WorldDataset, world), seed
+    images = processor.image_processor
+    mixture = open_mixture(data.sources, seed, images.prepare, images.max_pixels, processor.interleaved_prompt)
+    if world is None:
+        return mixture, None
+    weights = [*(source.weight for source in data.sources), data.world_weight]
+    return Mixture([*mixture.sources, world], weights, seed), None
 
 
 @dataclass(frozen=True)
@@ -95,12 +132,13 @@ def run_stage(
 ) -> None:
     """Train and leave model and processor in `run.output_dir/final`."""
     with joined(run.device) as (rank, _):
-        dataset = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans)
+        dataset, shuffle_seed = open_data(data, processor, run.seed)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
 
         def make_loader(lane: int, num_lanes: int) -> PackedLoader:
-            shard = {"rank": lane, "world_size": num_lanes, "seed": run.seed}
-            return PackedLoader(dropping, processor, data.rows_per_batch, data.row_length, **shard)
+            shard: dict[str, Any] = {"rank": lane, "world_size": num_lanes, "seed": shuffle_seed}
+            reading: dict[str, Any] = {"max_dropped_fraction": data.max_dropped_fraction, "num_threads": data.num_threads}
+            return PackedLoader(dropping, processor, data.rows_per_batch, data.row_length, **shard, **reading)
 
         fit(model, make_loader, run, optim, on_sample=sampler(processor, samples, Path(run.output_dir)), settings=settings)
         if rank == 0:
