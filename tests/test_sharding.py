@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,12 @@ from test_training import tiny_model as tiny_stand_in
 
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.training.checkpoint import latest
+from orthus.training.distributed import joined
 from orthus.training.fit import fit
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings
 
+TESTS = Path(__file__).parent
 LANES, STEPS = 4, 4
 ADAMW = OptimSettings(peak_lr=1e-2, warmup_steps=2, decay_fraction=0.0)
 MUON = OptimSettings(optimizer="muon", peak_lr=1e-2, warmup_steps=2)
@@ -130,6 +136,36 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
     whole = [record["loss"] for record in logged(tmp_path / "whole")]
     assert [record["loss"] for record in logged(tmp_path / "moved")] == pytest.approx(whole, rel=2e-3)
     assert len(weights(tmp_path / "moved")) > 20
+
+
+def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
+    """torchrun with two processes, one of them killed while it trains; the same command goes on to the same weights."""
+    code = "import sys; from pathlib import Path; import test_sharding as t; t.killed(Path(sys.argv[1]), int(sys.argv[2]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))), "OMP_NUM_THREADS": "1"}
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py")]
+    first = subprocess.run([*command, str(tmp_path / "out"), "5"], env=environment, capture_output=True, timeout=300)
+    assert first.returncode != 0 and (latest(tmp_path / "out") or tmp_path).name == "step-00000004"
+    subprocess.run([*command, str(tmp_path / "out"), "0"], env=environment, capture_output=True, timeout=300, check=True)
+    train(tmp_path / "alone", 8, is_orthus=True)
+    assert_same_run(tmp_path / "out", tmp_path / "alone")
+
+
+def killed(folder: Path, step: int) -> None:
+    """Eight sharded steps; the second process kills itself in `step`, 0: never."""
+    if step and os.environ["RANK"] == "1":
+        count = itertools.count(1)
+        original = OrthusForConditionalGeneration.forward
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if next(count) > 2 * (step - 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(self, *args, **kwargs)
+
+        OrthusForConditionalGeneration.forward = forward  # type: ignore[method-assign]
+    with joined():
+        torch.set_num_threads(1)
+        train(folder, 8, is_orthus=True, sharding="full")
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

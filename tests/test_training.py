@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -180,6 +181,23 @@ def test_sigkill_while_saving_often_leaves_a_loadable_checkpoint(tmp_path: Path)
     fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=step + 2, log_every=1), MUON)
     assert [record["step"] for record in logged(tmp_path)] == list(range(1, step + 3))
     assert not list((tmp_path / "checkpoints").glob(".*.tmp"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_says_so(tmp_path: Path) -> None:
+    """Files may not grow beyond 4 kB, as on a disk that is full in the middle of a write; then there is room again."""
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2, log_every=1), MUON)
+    kept = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, kept[1]))
+    try:
+        with pytest.raises(OSError, match=r"step-00000004 could not be written .* goes on from .*step-00000002"):
+            fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=6, save_every=2, log_every=1), MUON)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=6, save_every=2, log_every=1), MUON)
+    assert [record["step"] for record in logged(tmp_path)] == list(range(1, 7))
 
 
 def test_sigterm_saves_and_exits(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -77,9 +78,25 @@ def barrier() -> None:
 
 
 def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], settings: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step-*` (every process calls this), then delete all but the newest `keep`."""
+    """Write `checkpoints/step-*` (every process calls this), then delete all but the newest `keep`.
+
+    Raises OSError if that fails, as on a full disk; what was half written is removed, and earlier checkpoints stay.
+    """
     final = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
     temporary = final.with_name(f".{final.name}.tmp")
+    try:
+        return _write_checkpoint(state, final, temporary, settings, keep)
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        last, reason = latest(output_dir), str(error).strip().splitlines()[-1]
+        raise OSError(
+            f"{final} could not be written ({reason}); free space on its disk and start the same command again: it goes on from "
+            f"{'the beginning' if last is None else last}"
+        ) from error
+
+
+def _write_checkpoint(state: TrainState, final: Path, temporary: Path, settings: dict[str, Any], keep: int) -> Path:
     if rank() == 0:
         for leftover in final.parent.glob(".step-*.tmp"):
             shutil.rmtree(leftover)
@@ -101,7 +118,7 @@ def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], setti
         }
         (temporary / MARKER).write_text(json.dumps(marker), encoding="utf-8")
         _publish(temporary, final)
-        for _, old in _finished(output_dir)[:-keep]:
+        for _, old in _finished(final.parent.parent)[:-keep]:
             shutil.rmtree(old)
     barrier()
     return final
