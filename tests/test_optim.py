@@ -45,6 +45,21 @@ def test_who_moves_what() -> None:
     assert len(moved) == len({id(p) for p in moved}) == sum(p.requires_grad for p in model.parameters())
 
 
+def test_parts_with_rates_of_their_own() -> None:
+    model, factors = TinyModel(), {"diffusion_head": 2.0, "diffusion_head.output": 0.5}
+    rates = {}
+    for optimizer in build_optimizers(model, OptimSettings(optimizer="muon", peak_lr=1e-3, muon_lr=0.02, lr_factors=factors)):
+        for group in optimizer.param_groups:
+            rates |= {id(p): group["peak_lr"] for p in group["params"]}
+    by_name = {name: rates[id(p)] for name, p in model.named_parameters()}
+    assert by_name["diffusion_head.blocks.0.mlp.weight"] == 0.04 and by_name["diffusion_head.output.bias"] == 5e-4
+    assert by_name["diffusion_head.input_proj.weight"] == 2e-3 and by_name["lm_head.weight"] == by_name["codebook"] == 1e-3
+    with pytest.raises(ValueError, match="lr_factors names 'head', which the model lacks; it has backbone"):
+        build_optimizers(model, OptimSettings(lr_factors={"head": 2.0}))
+    with pytest.raises(ValueError, match=r"lr_factors is \{'head': 0.0\}; give numbers above 0"):
+        OptimSettings(lr_factors={"head": 0.0})
+
+
 def test_tied_table_is_not_decayed_and_impossible_requests_are_refused() -> None:
     model = TinyModel()
     model.lm_head.weight = model.backbone.embed_tokens.weight
@@ -64,6 +79,8 @@ def test_schedule_corners() -> None:
     assert factors[15] == pytest.approx(0.1 + 0.9 * 0.5)
     assert factors[19] == pytest.approx(0.1 + 0.9 * 0.1)
     assert lr_factor(20, 20, settings) == 0.1
+    cosine = OptimSettings(warmup_steps=0, decay="cosine", decay_fraction=1.0)
+    assert [lr_factor(step, 4, cosine) for step in range(5)] == pytest.approx([1, 0.8535534, 0.5, 0.1464466, 0])
     assert lr_factor(0, 1, OptimSettings(warmup_steps=0, decay_fraction=0.0)) == 1.0
 
 

@@ -134,8 +134,10 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     if world_size() > 1:
         _sum_gradients([p for p in parameters if not is_sharded(p)])
         dist.all_reduce(totals)
+    is_logged = (state.step + 1) % run.log_every == 0 or state.step + 1 == run.num_steps
+    by_part = grad_norms(model) if is_logged else {}
     grad_norm = full_value(nn.utils.clip_grad_norm_(parameters, optim.clip_norm))
-    record = _record(weights, counts, [*totals.tolist(), float(grad_norm)])
+    record = _record(weights, counts, [*totals.tolist(), float(grad_norm)]) | by_part
     if not all(math.isfinite(value) for value in record.values()):
         _refuse(state, list(batches.values()), record, run)
     set_lr(state.optimizers, lr_factor(state.step, run.num_steps, optim))
@@ -145,6 +147,16 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     update_ema(state.ema, model, run.ema_decay, state.step)
     state.step += 1
     return record
+
+
+def grad_norms(model: nn.Module) -> dict[str, float]:
+    """`grad_norm/*`: norms of the gradients of the model's parts before they are clipped."""
+    norms = {}
+    for name, part in model.named_children():
+        gradients = [p.grad for p in part.parameters() if p.grad is not None]
+        if gradients:
+            norms[f"grad_norm/{name}"] = float(full_value(nn.utils.get_total_norm(gradients)))
+    return norms
 
 
 def noise_seed(seed: int, step: int, lane: int) -> int:
@@ -268,7 +280,7 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
     bar.update(1)
     window = state.window
     for name, value in record.items():
-        window[name] = value if name == "grad_norm" else window.get(name, 0.0) + value
+        window[name] = value if name.startswith("grad_norm") else window.get(name, 0.0) + value
     if state.step % run.log_every and state.step != run.num_steps:
         return
     weights = cast(Trainable, state.model).loss_weights
@@ -279,7 +291,7 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
         "loss": sum(weights[k] * mean for k, mean in means.items()),
         **{f"loss/{k}": mean for k, mean in means.items()},
         "lr": state.optimizers[-1].param_groups[0]["lr"],
-        "grad_norm": window["grad_norm"],
+        **{name: value for name, value in window.items() if name.startswith("grad_norm")},
         "items_per_second": window["items"] / max(seconds, 1e-9),
         "seconds": state.seconds,
     }

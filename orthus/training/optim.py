@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +53,39 @@ def build_optimizers(model: nn.Module, settings: OptimSettings) -> list[Optimize
             "`backbone` or `diffusion_head`; use optim.optimizer=adamw"
         )
     optimizers: list[Optimizer] = []
+    factors = lr_factors(model, settings.lr_factors)
     if muon_names:
-        matrices = [p for name, p in trainable.items() if name in muon_names]
-        muon_group = {"params": matrices, "peak_lr": settings.muon_lr}
-        optimizers.append(
-            torch.optim.Muon([muon_group], lr=settings.muon_lr, weight_decay=settings.weight_decay, adjust_lr_fn="original")
-        )
-    groups = []
-    for names, weight_decay in ((decayed - muon_names, settings.weight_decay), (trainable.keys() - decayed, 0.0)):
-        parameters = [p for name, p in trainable.items() if name in names]
-        if parameters:
-            groups.append({"params": parameters, "weight_decay": weight_decay, "peak_lr": settings.peak_lr})
+        groups = _groups(trainable, muon_names, factors, settings.muon_lr, settings.weight_decay)
+        optimizers.append(torch.optim.Muon(groups, lr=settings.muon_lr, adjust_lr_fn="original"))
+    groups = _groups(trainable, decayed - muon_names, factors, settings.peak_lr, settings.weight_decay)
+    groups += _groups(trainable, trainable.keys() - decayed, factors, settings.peak_lr, 0.0)
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for p in trainable.values())
         optimizers.append(torch.optim.AdamW(groups, lr=settings.peak_lr, betas=settings.betas, fused=fused))
     return optimizers
+
+
+def lr_factors(model: nn.Module, by_part: Mapping[str, float]) -> dict[str, float]:
+    """Factor on the learning rate of every parameter, by name. ValueError for a part that the model lacks."""
+    modules = dict(model.named_modules())
+    for part in by_part:
+        if part not in modules:
+            children = ", ".join(dict(model.named_children()))
+            raise ValueError(f"optim.lr_factors names {part!r}, which the model lacks; it has {children}")
+    parts = sorted(by_part, key=len, reverse=True)
+    names = [name for name, _ in model.named_parameters()]
+    return {name: next((by_part[part] for part in parts if name.startswith(f"{part}.")), 1.0) for name in names}
+
+
+def _groups(
+    trainable: Mapping[str, nn.Parameter], names: Set[str], factors: Mapping[str, float], peak_lr: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups of `names`, one for each factor."""
+    by_factor: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in trainable.items():
+        if name in names:
+            by_factor.setdefault(factors[name], []).append(parameter)
+    return [{"params": p, "weight_decay": weight_decay, "peak_lr": peak_lr * factor} for factor, p in by_factor.items()]
 
 
 def _decayed_names(model: nn.Module) -> set[str]:
@@ -94,10 +114,12 @@ def _muon_names(model: nn.Module) -> set[str]:
 
 
 def lr_factor(step: int, num_steps: int, settings: OptimSettings) -> float:
-    """Factor on every group's `peak_lr` for optimiser step `step` (from 0): linear warm-up, constant, linear decay."""
+    """Factor on every group's `peak_lr` for optimiser step `step` (from 0): linear warm-up, constant, linear or cosine decay."""
     warmup = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     decay_steps = max(1.0, settings.decay_fraction * num_steps)
     remaining = min(1.0, max(0, num_steps - step) / decay_steps)
+    if settings.decay == "cosine":
+        remaining = (1 - math.cos(math.pi * remaining)) / 2
     return warmup * (settings.final_lr_fraction + (1 - settings.final_lr_fraction) * remaining)
 
 

@@ -28,10 +28,12 @@ class OptimSettings:
     optimizer: Literal["adamw", "muon"] = "adamw"
     peak_lr: float = 1e-3  # AdamW's
     muon_lr: float = 0.02  # of the hidden matrices, with optimizer=muon
+    lr_factors: dict[str, float] = dataclasses.field(default_factory=dict)  # by part; the longest name counts
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02
     warmup_steps: int = 100
-    decay_fraction: float = 0.33  # last part of the run, over which the rate falls linearly; constant before
+    decay: Literal["linear", "cosine"] = "linear"
+    decay_fraction: float = 0.33  # last part of the run, over which the rate falls; constant before
     final_lr_fraction: float = 0.0
     clip_norm: float = 1.0  # .inf: never clip
 
@@ -40,6 +42,7 @@ class OptimSettings:
             _require(self, name, getattr(self, name) > 0, "a number above 0")
         for name in ("decay_fraction", "final_lr_fraction"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "a fraction from 0 to 1")
+        _require(self, "lr_factors", all(factor > 0 for factor in self.lr_factors.values()), "numbers above 0; freeze what rests")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "weight_decay", self.weight_decay >= 0, "a number of at least 0")
         _require(self, "warmup_steps", self.warmup_steps >= 0, "a number of at least 0")
