@@ -237,11 +237,11 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder: Path, tmp_path: Path, 
             raise KeyboardInterrupt
 
     settings = {"num_steps": 6, "save_every": 3, "log_every": 2, "ema_decay": 0.5}
-    fit(fresh(0), Batches(), RunSettings(str(tmp_path / "whole"), **settings), optim)
+    fit(fresh(0), lambda lane, num_lanes: Batches(), RunSettings(str(tmp_path / "whole"), **settings), optim)
     broken = RunSettings(str(tmp_path / "broken"), **settings, sample_every=1)
     with pytest.raises(KeyboardInterrupt):
-        fit(fresh(0), Batches(), broken, optim, on_sample=interrupt)
-    fit(fresh(7), Batches(), broken, optim)
+        fit(fresh(0), lambda lane, num_lanes: Batches(), broken, optim, on_sample=interrupt)
+    fit(fresh(7), lambda lane, num_lanes: Batches(), broken, optim)
     finals = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("whole", "broken")]
     assert finals[0].keys() == load(folder, "no").state_dict().keys()
     assert [name for name in finals[0] if not torch.equal(finals[0][name], finals[1][name])] == []
@@ -250,9 +250,9 @@ def test_resumed_equals_uninterrupted_bit_for_bit(folder: Path, tmp_path: Path, 
 
 def test_a_checkpoint_of_other_adapters_is_refused(folder: Path, tmp_path: Path) -> None:
     run = RunSettings(str(tmp_path), num_steps=1, save_every=1)
-    fit(add_lora(load(folder, "no"), rank=4), Batches(), run, FAST)
+    fit(add_lora(load(folder, "no"), rank=4), lambda lane, num_lanes: Batches(), run, FAST)
     for model in (add_lora(load(folder, "no"), rank=8), load(folder, "no")):
-        state = TrainState(model, start_ema(model), build_optimizers(model, FAST), Batches())
+        state = TrainState(model, start_ema(model), build_optimizers(model, FAST), {0: Batches()})
         with pytest.raises(ValueError, match=r"lora_|keep the model"):
             load_checkpoint(state, latest(tmp_path) or "")
 
