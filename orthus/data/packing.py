@@ -54,8 +54,9 @@ class PackedLoader:
     `buffer_size` waiting examples, those are put together that fill a row best.
 
     A batch is `input_ids`, `position_ids`, `labels`, each `(rows_per_batch, row_length)` int64, and `pixel_values
-    (N, 3, H, W)` of all pictures in row-major order of their placeholders (absent if there are none). The first label
-    of each example is -100; the rest of a row is padding: an example of its own whose labels are all -100.
+    (N, 3, H, W)` of all pictures in row-major order of their placeholders (absent if there are none). Where pictures bring
+    latents, `image_latents (N, L, C)` holds these, and NaN for those given as pixels. The first label of each example is -100;
+    the rest of a row is padding: an example of its own whose labels are all -100.
 
     An example longer than `row_length`, or one that its source calls a `BadItem`, is dropped, counted and warned about once per
     task or source; `ValueError` when more than `max_dropped_fraction` are. `num_threads` threads read and render ahead, in order:
@@ -200,9 +201,7 @@ class PackedLoader:
             "labels": torch.tensor(labels).view(shape),
         }
         images = [image for row in rows for waiting in row for image in waiting.rendered.images]
-        if images:
-            batch["pixel_values"] = self.processor.image_processor.pixel_values(images)
-        return batch
+        return batch | self.processor._pictures(images)
 
     def counts(self) -> dict[str, int]:
         """What has been handed out and dropped so far, by name; counts of several loaders add up."""

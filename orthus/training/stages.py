@@ -11,11 +11,13 @@ from torch import nn
 from torchvision.utils import save_image
 
 from orthus.adapters import add_lora, quantization
+from orthus.autoencoder import Autoencoder
 from orthus.configuration import DiffusionHeadConfig
 from orthus.data.dropping import ConditionDropping
+from orthus.data.latents import with_latents
 from orthus.data.packing import PackedLoader
 from orthus.data.schema import BadItem, Example, ExampleSource, Turn
-from orthus.data.sources import Mixture, SourceSettings, open_mixture
+from orthus.data.sources import Mixture, RecordSource, SourceSettings, open_mixture
 from orthus.data.world.dataset import WorldDataset
 from orthus.data.world.language import CaptionMix
 from orthus.data.world.scene import WorldConfig
@@ -35,6 +37,7 @@ class DataSettings:
 
     tasks: mixing weights of the small world's tasks; {}: no small world.
     sources: data of your own; see [`SourceSettings`]. `world_weight`: share of the small world beside them.
+    latents: folder in which `train.cache_latents` left the latents of the sources' pictures, which are then not read any more.
     drop: share of examples, by task, whose condition is dropped for guidance.
     captions, plans, world: of the small world; `plans`: share of drawn pictures that are described in words first.
     max_dropped_fraction: of examples too long or unusable, before the run ends with an error.
@@ -44,6 +47,7 @@ class DataSettings:
     tasks: dict[str, float] = field(default_factory=dict)
     sources: tuple[SourceSettings, ...] = ()
     world_weight: float = 1.0
+    latents: str | None = None
     drop: dict[str, float] = field(default_factory=dict)
     captions: CaptionMix = CaptionMix()
     plans: float = 0.0
@@ -56,6 +60,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         if not self.tasks and not self.sources:
             raise ValueError("data has neither tasks of the small world nor sources; give data.tasks={t2i: 1.0} or data.sources")
+        if self.latents is not None and not self.sources:
+            raise ValueError(f"data.latents={self.latents!r} belongs to data.sources, of which there are none; leave it out")
 
 
 def first_examples(source: ExampleSource, number: int) -> Iterator[Example]:
@@ -65,13 +71,22 @@ def first_examples(source: ExampleSource, number: int) -> Iterator[Example]:
             yield source[index]
 
 
-def open_data(data: DataSettings, processor: OrthusProcessor, seed: int) -> tuple[ExampleSource, int | None]:
-    """The examples, and the seed with which a loader is to shuffle them; mixtures shuffle themselves."""
+def open_data(
+    data: DataSettings, processor: OrthusProcessor, seed: int, model: nn.Module | None = None
+) -> tuple[ExampleSource, int | None]:
+    """The examples, and the seed with which a loader is to shuffle them; mixtures shuffle themselves.
+
+    model: whose autoencoder `data.latents` must come from.
+    """
     world = WorldDataset("train", data.tasks, data.world, captions=data.captions, plans=data.plans) if data.tasks else None
     if not data.sources:
         return cast(WorldDataset, world), seed
     images = processor.image_processor
     mixture = open_mixture(data.sources, seed, images.prepare, images.max_pixels, processor.interleaved_prompt)
+    if data.latents is not None:
+        autoencoder = next(part for part in cast(nn.Module, model).modules() if isinstance(part, Autoencoder))
+        opened = cast(list[RecordSource], mixture.sources)
+        mixture.sources = with_latents(data.latents, data.sources, opened, autoencoder, images, processor._identity)
     if world is None:
         return mixture, None
     weights = [*(source.weight for source in data.sources), data.world_weight]
@@ -132,7 +147,7 @@ def run_stage(
 ) -> None:
     """Train and leave model and processor in `run.output_dir/final`."""
     with joined(run.device) as (rank, _):
-        dataset, shuffle_seed = open_data(data, processor, run.seed)
+        dataset, shuffle_seed = open_data(data, processor, run.seed, model)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
 
         def make_loader(lane: int, num_lanes: int) -> PackedLoader:
