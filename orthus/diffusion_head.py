@@ -124,7 +124,14 @@ class DiffusionHead(nn.Module):
     def latent_losses(
         self, cond: Tensor, latents: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """Mean squared error of the target per latent `(N,)`, averaged over channels and noise draws.
+        """Mean squared error of the target per latent `(N,)`, averaged over channels and noise draws; see [`draw_losses`]."""
+        return self.draw_losses(cond, latents, timesteps=timesteps, noise=noise)[0].mean(dim=0)
+
+    def draw_losses(
+        self, cond: Tensor, latents: Tensor, *, timesteps: Tensor | None = None, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the target, averaged over channels, of `M` noise draws for each latent `(M, N)`, and their
+        diffusion times `(M, N)`, 0 (data) to 1 (noise).
 
         Args:
             cond: `(N, D)` hidden states at the positions that predict the latents.
@@ -143,7 +150,9 @@ class DiffusionHead(nn.Module):
             noised, target = diffusion.flow_matching_pair(scaled, noise, timesteps)
         conditioning = self.embed_times(timesteps) + self.cond_embed(cond.to(dtype)).repeat(draws, 1)
         predicted = self.denoise(noised.to(dtype), self.modulations(conditioning))
-        return (predicted.float() - target).square().mean(dim=-1).view(draws, num_latents).mean(dim=0)
+        losses = (predicted.float() - target).square().mean(dim=-1)
+        unit = timesteps if config.objective == "flow_matching" else timesteps / config.num_train_timesteps
+        return losses.view(draws, num_latents), unit.view(draws, num_latents)
 
     def _num_draws(self, num_latents: int, timesteps: Tensor | None, noise: Tensor | None) -> int:
         """Noise draws per latent: those that were given, else the config's."""

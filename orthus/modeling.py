@@ -23,13 +23,16 @@ from orthus.generation import OrthusGenerationMixin
 from orthus.soft_vq import LatentEmbedding
 from orthus.text_head import TextHead
 
+NOISE_LEVELS = 4  # in which the image loss is reported
+
 
 @dataclass
 class OrthusOutput(ModelOutput):
     """Output of [`OrthusForConditionalGeneration.forward`].
 
     `loss_sums` and `loss_counts` hold, under "text" and "image", the summed loss and the number of targets; `text_loss` and
-    `image_loss` are their means and `loss` their weighted sum. A loss without targets is 0.
+    `image_loss` are their means and `loss` their weighted sum. A loss without targets is 0. `diagnostics` `(4, 2)`: sum and
+    number of the image losses of all noise draws, by quarters of the diffusion time from data to noise.
     """
 
     loss: Tensor | None = None
@@ -42,6 +45,7 @@ class OrthusOutput(ModelOutput):
     last_hidden_state: Tensor | None = None
     loss_sums: dict[str, Tensor] | None = None
     loss_counts: dict[str, int] | None = None
+    diagnostics: Tensor | None = None
 
 
 class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
@@ -113,6 +117,7 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
             raise loading.damaged(error, path) from error
         model, report = loaded
         model.generation_config.eos_token_id = model.config.end_token_ids  # whatever the files say
+        model.autoencoder.requires_grad_(False)  # loading makes new parameters
         if not accept_misshaped:
             loading.check_shapes(path, report)
         if not allow_missing:
@@ -197,6 +202,9 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
             return embeddings
         embedded = self.embed_image_latents(image_latents).to(embeddings.dtype).flatten(0, 1)
         return embeddings.masked_scatter(placeholders.unsqueeze(-1), embedded)
+
+    diagnostics = tuple(f"noise {i / NOISE_LEVELS:.2f}-{(i + 1) / NOISE_LEVELS:.2f}" for i in range(NOISE_LEVELS))
+    """Names of what `OrthusOutput.diagnostics` counts, for logs."""
 
     def count_targets(self, batch: dict[str, Any]) -> dict[str, int]:
         """Number of text tokens and latents that `batch` asks the model to predict."""
@@ -293,13 +301,16 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
         targets, sources = labels[:, 1:], hidden[:, :-1]
         is_latent, is_text = targets == image_token, (targets != IGNORE_INDEX) & (targets != image_token)
         text_sum = cast(TextHead, self.lm_head).cross_entropy(sources[is_text], targets[is_text])
-        image_sum = text_sum.new_zeros(())
+        image_sum, by_noise = text_sum.new_zeros(()), text_sum.new_zeros(NOISE_LEVELS, 2)
         if bool(is_latent.any()):
             if latents is None or bool((labels[:, 1:][is_latent] != input_ids[:, 1:][is_latent]).any()):
                 raise ValueError("labels mark latents to predict where input_ids has no image placeholder with latents")
             chosen = latents.flatten(0, 1)[(labels == image_token)[input_ids == image_token]]
-            losses = self.diffusion_head.latent_losses(sources[is_latent], chosen, timesteps=timesteps, noise=noise)
-            image_sum = losses.sum()
+            losses, times = self.diffusion_head.draw_losses(sources[is_latent], chosen, timesteps=timesteps, noise=noise)
+            image_sum = losses.mean(dim=0).sum()
+            level = (times.flatten() * NOISE_LEVELS).long().clamp(max=NOISE_LEVELS - 1)
+            by_noise[:, 0].index_add_(0, level, losses.detach().flatten())
+            by_noise[:, 1] += level.bincount(minlength=NOISE_LEVELS)
         sums = {"text": text_sum, "image": image_sum}
         counts = {"text": int(is_text.sum()), "image": int(is_latent.sum())}
         text_loss, image_loss = (sums[name] / max(counts[name], 1) for name in ("text", "image"))
@@ -309,6 +320,7 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
             "image_loss": image_loss,
             "loss_sums": sums,
             "loss_counts": counts,
+            "diagnostics": by_noise,
         }
 
     def _resolve_latents(self, pixel_values: Tensor | None, image_latents: Tensor | None) -> Tensor | None:

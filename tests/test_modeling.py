@@ -162,6 +162,12 @@ def test_input_errors(model: OrthusForConditionalGeneration) -> None:
         model(ids, pixel_values=torch.zeros(1, 3, 8, 8), image_latents=torch.zeros(1, 4, 3))
 
 
+def test_the_autoencoder_rests_after_loading_too(model: OrthusForConditionalGeneration, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    loaded = OrthusForConditionalGeneration.from_pretrained(tmp_path)
+    assert {name.split(".")[0] for name, p in loaded.named_parameters() if not p.requires_grad} == {"autoencoder"}
+
+
 def test_config_round_trip(tmp_path) -> None:
     config = tiny_config(use_latent_positions=True, head={"objective": "flow_matching", "latent_scale": 0.5})
     config.save_pretrained(tmp_path)

@@ -1,11 +1,20 @@
-"""Post-training of an earlier model: `python -m train.posttrain configs/small/posttrain.yaml [key=value ...]`."""
+"""Post-training of an earlier model: `python -m train.posttrain configs/small/posttrain.yaml [key=value ...]`.
+
+`--dry-run [--processes N] [--memory GIB] [--tflops X]` prints what the run would take, and reads neither data nor weights.
+"""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from orthus.adapters import add_lora
+from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
+from orthus.training import planning
+from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
 from orthus.training.stages import DataSettings, LoraSettings, SampleSettings, load_model, replace_head, run_stage
 
@@ -27,13 +36,32 @@ class PostStage:
 
 
 def main(argv: Sequence[str]) -> None:
+    argv, hardware = planning.requested(argv)
     stage = load_settings(PostStage, argv[0], argv[1:])
+    if hardware is not None:
+        planning.dry_run(planned_model(stage), stage.data, stage.run, stage.optim, stage.attention, hardware)
+        return
     model = load_model(stage.model, stage.frozen, stage.lora, stage.run.seed)
     if stage.head is not None:
         replace_head(model, stage.head, stage.run.seed)
     processor = OrthusProcessor.from_pretrained(stage.model)
     model.set_attn_implementation(stage.attention)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
+
+
+def planned_model(stage: PostStage) -> OrthusForConditionalGeneration:
+    """The stage's model without storage, from the config of its folder. ValueError for integer weights, which it cannot have."""
+    lora = stage.lora
+    if lora is not None and lora.quantize != "no":
+        raise ValueError(f"--dry-run does not know integer weights (lora.quantize={lora.quantize}); plan with lora.quantize=no")
+    model = planning.meta_model(planning.config_in(stage.model))
+    freeze(model, stage.frozen)
+    with torch.device("meta"):
+        if lora is not None:
+            model = add_lora(model, lora.rank, lora.alpha, lora.dropout, lora.targets)
+        if stage.head is not None:
+            replace_head(model, stage.head, stage.run.seed)
+    return model
 
 
 if __name__ == "__main__":

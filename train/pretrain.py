@@ -1,21 +1,29 @@
-"""Base training of a new model: `python -m train.pretrain configs/small/base.yaml [key=value ...]`."""
+"""Base training of a new model: `python -m train.pretrain configs/small/language.yaml [key=value ...]`.
+
+`--dry-run [--processes N] [--memory GIB] [--tflops X]` prints what the run would take, and reads neither data nor weights.
+"""
 
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import torch
+from transformers import PreTrainedConfig
 
 from orthus.autoencoder import Autoencoder
-from orthus.autoencoder_loading import load_autoencoder
+from orthus.autoencoder_loading import OURS, load_autoencoder
 from orthus.building import build_orthus
+from orthus.configuration import OrthusConfig, as_config
+from orthus.conversion import is_published
 from orthus.data.pictures import PictureLoader
 from orthus.data.schema import Example, ExampleSource
 from orthus.data.sources import open_mixture
 from orthus.data.world.dataset import WorldDataset
+from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor, build_processor
+from orthus.training import planning
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
 from orthus.training.stages import DataSettings, SampleSettings, first_examples, run_stage
@@ -46,7 +54,11 @@ class BaseStage:
 
 
 def main(argv: Sequence[str]) -> None:
+    argv, hardware = planning.requested(argv)
     stage = load_settings(BaseStage, argv[0], argv[1:])
+    if hardware is not None:
+        planning.dry_run(planned_model(stage), stage.data, stage.run, stage.optim, stage.attention, hardware)
+        return
     torch.manual_seed(stage.run.seed)
     autoencoder = load_autoencoder(stage.autoencoder)
     processor = make_processor(stage, autoencoder)
@@ -57,6 +69,28 @@ def main(argv: Sequence[str]) -> None:
     model.set_attn_implementation(stage.attention)
     freeze(model, stage.frozen)
     run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
+
+
+def planned_model(stage: BaseStage) -> OrthusForConditionalGeneration:
+    """The stage's model without storage, its vocabulary as large as the tokenizer may become."""
+    autoencoder = planned_autoencoder(stage.autoencoder)
+    text = {**stage.backbone, "vocab_size": stage.tokenizer_vocab_size + stage.options["num_codes"]}
+    backbone = as_config("backbone", text, "llama")
+    head = {**stage.head, "latent_dim": autoencoder.latent_dim, "cond_dim": backbone.hidden_size}
+    parts: dict[str, Any] = {"text_config": backbone, "autoencoder_config": autoencoder, "head_config": head}
+    model = planning.meta_model(OrthusConfig(code_offset=stage.tokenizer_vocab_size, **parts, **stage.options))
+    freeze(model, stage.frozen)
+    return model
+
+
+def planned_autoencoder(folder: str) -> PreTrainedConfig:
+    """The autoencoder's config in a folder of ours or of a whole model, from its config.json alone. ValueError without."""
+    raw = planning.read_config(folder, "of `train.autoencoder`, or a whole Orthus or Chameleon; make one")
+    if is_published(raw) or raw.get("model_type") == OrthusConfig.model_type:
+        return cast(PreTrainedConfig, planning.config_in(folder).autoencoder_config)
+    if raw.get("model_type") not in OURS:
+        raise ValueError(f"--dry-run knows autoencoders that orthus saved; {folder} is of model_type {raw.get('model_type')!r}")
+    return as_config("autoencoder", raw, OURS[0])
 
 
 def make_processor(stage: BaseStage, autoencoder: Autoencoder) -> OrthusProcessor:

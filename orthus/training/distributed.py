@@ -17,7 +17,7 @@ def joined(device: str = "cpu") -> Iterator[tuple[int, int]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:

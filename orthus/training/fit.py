@@ -41,7 +41,7 @@ from orthus.training.checkpoint import (
 from orthus.training.metrics import MetricsLog
 from orthus.training.optim import averaged, build_optimizers, lr_factor, set_lr, start_ema, update_ema
 from orthus.training.settings import OptimSettings, RunSettings, differences, read, to_dict
-from orthus.training.sharding import full_value, is_sharded, loss_factor, prepare, touch
+from orthus.training.sharding import forget_touched, full_value, is_sharded, loss_factor, prepare, touch
 
 Batch = dict[str, Any]
 MakeLoader = Callable[[int, int], Loader]
@@ -121,6 +121,7 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     weights = cast(Trainable, model).loss_weights
     counts = _global_counts(cast(Trainable, model), list(batches.values()))
     totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
+    watched = torch.zeros(len(diagnostics(model)), 2, dtype=torch.float64, device=device)
     for lane, batch in batches.items():
         torch.manual_seed(noise_seed(run.seed, state.step, lane))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
@@ -130,14 +131,19 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
         if isinstance(loss, Tensor) and loss.requires_grad:
             (loss * loss_factor(model)).backward()
         totals += _totals(output, weights, batch, device)
+        watched += 0 if len(watched) == 0 else output.diagnostics.to(watched)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if world_size() > 1:
         _sum_gradients([p for p in parameters if not is_sharded(p)])
         dist.all_reduce(totals)
+        dist.all_reduce(watched)
+    forget_touched(model)
     is_logged = (state.step + 1) % run.log_every == 0 or state.step + 1 == run.num_steps
     by_part = grad_norms(model) if is_logged else {}
     grad_norm = full_value(nn.utils.clip_grad_norm_(parameters, optim.clip_norm))
     record = _record(weights, counts, [*totals.tolist(), float(grad_norm)]) | by_part
+    for name, (total, count) in zip(diagnostics(model), watched.tolist(), strict=True):
+        record |= {f"watched/{name}": total, f"watched_count/{name}": count}
     if not all(math.isfinite(value) for value in record.values()):
         _refuse(state, list(batches.values()), record, run)
     set_lr(state.optimizers, lr_factor(state.step, run.num_steps, optim))
@@ -147,6 +153,11 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     update_ema(state.ema, model, run.ema_decay, state.step)
     state.step += 1
     return record
+
+
+def diagnostics(model: nn.Module) -> tuple[str, ...]:
+    """Names of what the model's outputs count besides losses in `diagnostics` `(names, 2)`: a sum and a number each."""
+    return tuple(getattr(model, "diagnostics", ()))
 
 
 def grad_norms(model: nn.Module) -> dict[str, float]:
@@ -176,7 +187,6 @@ def _global_counts(model: Trainable, batches: list[Batch]) -> dict[str, int]:
         raise ValueError(f"count_targets names {sorted(unknown)}, but loss_weights has {names}; give each a weight")
     counts = torch.tensor([sum(int(c.get(name, 0)) for c in per_batch) for name in names], dtype=torch.int64)
     if world_size() > 1:
-        counts = counts.to(_group_device())
         dist.all_reduce(counts)
     if not counts.any():
         raise ValueError(f"no batch of the step has a target for any of {names}; check the labels of the loader")
@@ -213,8 +223,7 @@ def _record(weights: dict[str, float], counts: dict[str, int], totals: list[floa
 
 def _sum_gradients(parameters: list[nn.Parameter]) -> None:
     """Sum the gradients over all processes; a parameter without a gradient in every process keeps none."""
-    device = _group_device()
-    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters], device=device)
+    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters])
     dist.all_reduce(has_gradient)
     used = [p for p, has in zip(parameters, has_gradient.tolist(), strict=True) if has]
     if not used:
@@ -291,6 +300,7 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
         "loss": sum(weights[k] * mean for k, mean in means.items()),
         **{f"loss/{k}": mean for k, mean in means.items()},
         "lr": state.optimizers[-1].param_groups[0]["lr"],
+        **_watched_means(window),
         **{name: value for name, value in window.items() if name.startswith("grad_norm")},
         "items_per_second": window["items"] / max(seconds, 1e-9),
         "seconds": state.seconds,
@@ -301,6 +311,12 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
         log.write(metrics)
         shown = {"loss": metrics["loss"], **means}
         bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+
+
+def _watched_means(window: dict[str, float]) -> dict[str, float]:
+    names = [name.removeprefix("watched/") for name in window if name.startswith("watched/")]
+    counts = {name: window[f"watched_count/{name}"] for name in names}
+    return {f"loss/{name}": window[f"watched/{name}"] / counts[name] for name in names if counts[name]}
 
 
 def data_counts(state: TrainState) -> dict[str, float]:
@@ -343,13 +359,9 @@ def _sigterm() -> Iterator[threading.Event]:
 def _any_process(flag: bool) -> bool:
     if world_size() == 1:
         return flag
-    total = torch.tensor(float(flag), device=_group_device())
+    total = torch.tensor(float(flag))
     dist.all_reduce(total)
     return bool(total.item())
-
-
-def _group_device() -> torch.device:
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _to_device(batch: Batch, device: torch.device) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,18 @@ NOT_CURVES = ("step", "seconds")
 
 
 class MetricsLog:
-    """Appends to a JSON-lines file; each line reaches the operating system at once, so a kill loses at most one."""
+    """Appends to a JSON-lines file; each line reaches the operating system at once, so a kill loses at most one. Where
+    TensorBoard is installed, its files are written beside, in `tensorboard/`."""
 
     def __init__(self, path: str | os.PathLike[str], *, resumed_step: int = 0) -> None:
         """Open `path` for a run that goes on from `resumed_step`: later lines, and a half-written one, are dropped."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.board: Any = None
+        with suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resumed_step + 1)
         if self.path.exists():
             kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_step]
             temporary = self.path.with_name(f".{self.path.name}.tmp")
@@ -28,6 +35,10 @@ class MetricsLog:
         assert "step" in record, record
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self.board is not None:
+            for name, value in record.items():
+                self.board.add_scalar(name, value, record["step"])
+            self.board.flush()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

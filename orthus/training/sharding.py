@@ -76,9 +76,25 @@ def touch(model: nn.Module) -> Tensor | int:
     ones and reduces them together, whatever kinds of targets its batch has. To be called after the forward."""
     if not isinstance(model, FSDPModule):
         return 0
+    return cast(Tensor, sum(p.flatten()[:1].sum() * 0 for p in _of_root(model)))
+
+
+def forget_touched(model: nn.Module) -> None:
+    """Take away the gradients that only [`touch`] made, so that optimisers leave these parameters alone, as they do unsharded."""
+    touched = [p for p in _of_root(model) if p.grad is not None] if isinstance(model, FSDPModule) else []
+    if not touched:
+        return
+    locals_ = [cast(DTensor, p.grad).to_local() for p in touched]
+    largest = torch.stack([g.abs().max().float() if g.numel() else g.new_zeros((), dtype=torch.float32) for g in locals_])
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    for parameter, value in zip(touched, largest.tolist(), strict=True):
+        if value == 0:
+            parameter.grad = None
+
+
+def _of_root(model: nn.Module) -> list[nn.Parameter]:
     inner = {id(p) for layer in backbone_layers(model) for p in layer.parameters()}
-    used = [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
-    return cast(Tensor, sum(p.flatten()[:1].sum() * 0 for p in used))
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
 
 
 @contextmanager
