@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs"
 LAUNCH = ROOT / "train" / "launch"
 STAGES: dict[str, type] = {  # those that are not `PostStage`
+    "7b/decoder.yaml": AutoencoderStage,
     "small/autoencoder.yaml": AutoencoderStage,
     "small/distil.yaml": DistilStage,
     "small/language.yaml": BaseStage,
@@ -43,12 +44,18 @@ def test_every_file_loads_into_its_stage(name: str) -> None:
     stage = settings(name)
     assert stage.run.output_dir.startswith("runs/")
     assert not Path(getattr(stage, "model", "") if isinstance(getattr(stage, "model", ""), str) else "").is_absolute()
-    for source in getattr(getattr(stage, "data", None), "sources", ()):
+    for source in getattr(getattr(stage, "data", stage), "sources", ()):
         assert source.path.startswith("data/") and (source.images or "data/").startswith("data/"), source
 
 
 def test_the_table_names_files_that_exist() -> None:
     assert set(STAGES) <= set(FILES) and {f"7b/{name}.yaml" for name in PUBLISHED_STAGES} <= set(FILES)
+
+
+def test_the_decoder_stage_is_the_published_one() -> None:
+    stage = settings("7b/decoder.yaml")
+    assert stage.frozen == ("encoder", "quant_conv") and stage.size == 512 and stage.batch_size * stage.run.lanes == 256
+    assert (stage.optim.peak_lr, stage.run.num_steps) == (1e-5, 15_000)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_STAGES)

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from orthus.autoencoder_loading import load_autoencoder
 from orthus.training.metrics import read_metrics
-from train import posttrain, pretrain
+from train import autoencoder, posttrain, pretrain
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "orthus-small"
 pytestmark = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="no shipped checkpoint")
@@ -41,6 +42,23 @@ def test_post_training_on_tar_shards_and_texts(tmp_path: Path) -> None:
     assert [record["step"] for record in records] == [1, 2, 3] and all(record["loss/image"] > 0 for record in records)
     assert records[-1]["data/t2i"] > records[-1]["data/text"] > 0 and 0.5 < records[-1]["data/fill"] <= 1
     assert (tmp_path / "out" / "final" / "model.safetensors").exists()
+
+
+def test_an_autoencoder_on_tar_shards_resumes(tmp_path: Path) -> None:
+    sources = write_data(tmp_path / "data")[0].removeprefix("data.").replace("}, {", "}|{").split("|")[0] + "]"
+    (tmp_path / "stage.yaml").write_text("model: {patch_size: 8, latent_dim: 4, hidden_dim: 16, num_layers: 1}\nimage_size: 32\n")
+    changes = [sources, "batch_size=4", "run.lanes=2", "run.log_every=1", "run.save_every=2", "run.num_threads=1"]
+    for name, lengths in (("whole", (5,)), ("broken", (2, 5))):
+        for num_steps in lengths:
+            run = [f"run.output_dir={tmp_path / name}", f"run.num_steps={num_steps}", "optim.decay_fraction=0.0"]
+            autoencoder.main([str(tmp_path / "stage.yaml"), *changes, *run])
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("whole", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 5
+    model = load_autoencoder(tmp_path / "whole" / "final")
+    assert model.config.image_size == 32 and bool((model.latent_std != 1).all())  # calibrated on the same pictures
+    (tmp_path / "other.yaml").write_text("image_size: 32\nrun: {output_dir: x, num_steps: 1}\n")
+    with pytest.raises(ValueError, match=r"image_size=32 is of sources, and there are none; set world.image_size"):
+        autoencoder.main([str(tmp_path / "other.yaml")])
 
 
 def test_too_many_damaged_pictures_end_the_run_and_say_where(tmp_path: Path) -> None:

@@ -12,10 +12,11 @@ import torch
 from orthus.autoencoder import Autoencoder, CalibratedAutoencoder, PatchAutoencoder, PatchAutoencoderConfig
 from orthus.autoencoder_loading import load_autoencoder
 from orthus.configuration import as_config
-from orthus.data.pictures import PictureLoader
+from orthus.data.pictures import PictureLoader, SourcePictures
+from orthus.data.sources import SourceSettings, open_mixture
 from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor
-from orthus.training.checkpoint import write_model
+from orthus.training.checkpoint import Loader, write_model
 from orthus.training.distributed import joined
 from orthus.training.fit import fit
 from orthus.training.optim import freeze
@@ -27,17 +28,29 @@ CALIBRATION_BATCHES = 4
 @dataclasses.dataclass(frozen=True)
 class AutoencoderStage:
     """`model`: fields of [`PatchAutoencoderConfig`] or, given `start`, options of [`load_autoencoder`].
+    `sources`: pictures of your own in place of scenes of the world, resized to `image_size` (default: the world's).
     Calibration scenes hold `calibration_objects`, as typical pictures do."""
 
     run: RunSettings
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     start: str = ""  # folder or hub name of any autoencoder to go on from; "": a new PatchAutoencoder
     frozen: tuple[str, ...] = ()  # parts that do not train, such as encoder
+    sources: tuple[SourceSettings, ...] = ()
+    image_size: int | None = None
     world: WorldConfig = WorldConfig()
     optim: OptimSettings = OptimSettings()
     batch_size: int = 128
     num_objects: int = 6
     calibration_objects: int = 3
+
+    def __post_init__(self) -> None:
+        if self.image_size is not None and not self.sources:
+            raise ValueError(f"image_size={self.image_size} is of sources, and there are none; set world.image_size")
+
+    @property
+    def size(self) -> int:
+        """Of the pictures, in pixels."""
+        return self.image_size or self.world.image_size
 
 
 def main(argv: Sequence[str]) -> None:
@@ -45,10 +58,10 @@ def main(argv: Sequence[str]) -> None:
     torch.manual_seed(stage.run.seed)
     model = first_model(stage)
     freeze(model, stage.frozen)
-    processor = OrthusImageProcessor(size=stage.world.image_size)
+    processor = OrthusImageProcessor(size=stage.size)
 
-    def make_loader(lane: int, num_lanes: int) -> PictureLoader:
-        return PictureLoader(stage.world, processor, stage.batch_size, stage.num_objects, "train", lane, num_lanes)
+    def make_loader(lane: int, num_lanes: int) -> Loader:
+        return pictures(stage, processor, stage.num_objects, lane, num_lanes)
 
     with joined(stage.run.device) as (rank, _):
         if stage.start:  # noise on the latents is in units of their standard deviation
@@ -62,12 +75,21 @@ def main(argv: Sequence[str]) -> None:
                 write_model(trained, final)
 
 
+def pictures(
+    stage: AutoencoderStage, processor: OrthusImageProcessor, num_objects: int, lane: int = 0, num_lanes: int = 1
+) -> Loader:
+    """Batches of pictures of one lane: of the sources, or scenes of `num_objects` objects."""
+    if not stage.sources:
+        return PictureLoader(stage.world, processor, stage.batch_size, num_objects, "train", lane, num_lanes)
+    mixture = open_mixture(stage.sources, stage.run.seed, processor.prepare, processor.max_pixels)
+    return SourcePictures(mixture, processor, stage.batch_size, lane, num_lanes)
+
+
 def first_model(stage: AutoencoderStage) -> Autoencoder:
     """The autoencoder before the first step, in fp32."""
-    size = stage.world.image_size
     if stage.start:
-        return load_autoencoder(stage.start, size, dtype=torch.float32, **stage.model)
-    fields = {**stage.model, "image_size": size}
+        return load_autoencoder(stage.start, stage.size, dtype=torch.float32, **stage.model)
+    fields = {**stage.model, "image_size": stage.size}
     return PatchAutoencoder(cast(PatchAutoencoderConfig, as_config("model", fields, PatchAutoencoderConfig.model_type)))
 
 
@@ -75,7 +97,7 @@ def calibrate(model: Autoencoder, stage: AutoencoderStage, processor: OrthusImag
     """Give the latents of typical scenes zero mean and unit variance, once; whether it was needed."""
     if not isinstance(model, CalibratedAutoencoder) or bool((model.latent_std != 1).any()):
         return False
-    loader = PictureLoader(stage.world, processor, stage.batch_size, stage.calibration_objects)
+    loader = pictures(stage, processor, stage.calibration_objects)
     model.calibrate(torch.cat([batch["pixel_values"] for batch in islice(loader, CALIBRATION_BATCHES)]))
     return True
 

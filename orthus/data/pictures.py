@@ -1,5 +1,6 @@
 """Batches of pictures: of the small world, for training an autoencoder, and out of a folder, for measuring latents."""
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+from orthus.data.schema import BadItem, ExampleSource
 from orthus.data.world.render import render
 from orthus.data.world.sampling import sample_scene
 from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor, load_image
 
 SPLITS = ("train", "validation")
+MIN_READ = 100  # examples before a fraction of unusable ones means anything
 
 
 class PictureLoader:
@@ -50,6 +53,65 @@ class PictureLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next_batch = int(state["next_batch"])
+
+
+class SourcePictures:
+    """Endless batches `{"pixel_values": (N, 3, H, W)}` of all pictures in the examples of an endless source, in order.
+
+    Lane `rank` of `world_size` reads every `world_size`-th example. Unusable ones are left out, warned about once and counted;
+    ValueError when they are more than `max_bad_fraction`.
+    """
+
+    def __init__(
+        self,
+        source: ExampleSource,
+        processor: OrthusImageProcessor,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_bad_fraction: float = 0.01,
+    ) -> None:
+        self.source, self.processor, self.batch_size, self.world_size = source, processor, batch_size, world_size
+        self.max_bad_fraction = max_bad_fraction
+        self.next_example, self.num_used = rank, 0  # pictures of that example that earlier batches took
+        self.num_read = self.num_bad = 0
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            batch: list[Image.Image] = []
+            while len(batch) < self.batch_size:
+                pictures = self._pictures(self.next_example)
+                taken = pictures[self.num_used : self.num_used + self.batch_size - len(batch)]
+                batch += taken
+                self.num_used += len(taken)
+                if self.num_used >= len(pictures):
+                    self.next_example, self.num_used = self.next_example + self.world_size, 0
+            yield {"pixel_values": self.processor.pixel_values(batch)}
+
+    def _pictures(self, position: int) -> list[Image.Image]:
+        self.num_read += 1
+        try:
+            example = self.source[position]
+        except BadItem as bad:
+            self.num_bad += 1
+            if self.num_bad == 1:
+                warnings.warn(f"{bad}: left out, and more like it will be counted", stacklevel=2)
+            if self.num_bad > self.max_bad_fraction * max(self.num_read, MIN_READ):
+                raise ValueError(f"{self.num_bad} of {self.num_read} examples cannot be used; the last: {bad}") from bad
+            return []
+        return [part for turn in example.turns for part in turn.segments if isinstance(part, Image.Image)]
+
+    def counts(self) -> dict[str, int]:
+        """Examples that were read and that could not be used."""
+        return {"examples": self.num_read, "bad": self.num_bad}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("next_example", "num_used", "num_read", "num_bad")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, int(value))
 
 
 class FolderPictures:
