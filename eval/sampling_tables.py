@@ -15,7 +15,9 @@ RATIOS = (
 
 
 def speed_section(name: str, result: Mapping[str, Any]) -> list[str]:
-    """Lines of one result of `python -m eval.speed`."""
+    """Lines of one result of `python -m eval.speed`, or of `eval.training_speed`."""
+    if "real_tokens_per_second" in result:
+        return _training_section(name, result)
     lines = [f"### {name}", "", "| | times as fast, per image |", "|---|---|"]
     lines += [f"| {title} | {result[key]:.1f} |" for key, title in RATIOS if key in result]
     lines += ["", "| sampler | batch | type | s per image | ms per latent at | head | of bandwidth | of matrix rate |"]
@@ -34,6 +36,14 @@ def speed_section(name: str, result: Mapping[str, Any]) -> list[str]:
     hardware = ", ".join(str(value) for value in result["hardware"].values())
     lines += [f"- command: `{result['command']}`, commit {result['commit']}", f"- {hardware}, {result['threads']} threads"]
     return [*lines, ""]
+
+
+def _training_section(name: str, result: Mapping[str, Any]) -> list[str]:
+    lines = [f"### {name}", "", "| | real tokens per second | of all tokens are real |", "|---|---|---|"]
+    speeds, shares = result["real_tokens_per_second"], result["real_share"]
+    lines += [f"| {way} | {speeds[way]:.0f} | {shares[way]:.1%} |" for way in speeds]
+    lines += ["", f"- ratio: {result['ratio']:.2f}", f"- command: `{result['command']}`, commit {result['commit']}"]
+    return [*lines, f"- {result['hardware']}", ""]
 
 
 def _speed_row(one: Mapping[str, Any]) -> str:

@@ -43,6 +43,8 @@ def rows_per_step(stage: Any) -> int:
 def test_every_file_loads_into_its_stage(name: str) -> None:
     stage = settings(name)
     assert stage.run.output_dir.startswith("runs/")
+    with pytest.raises(ValueError, match=r"run\.num_steps"):
+        load_settings(STAGES.get(name, PostStage), CONFIGS / name, ["run.num_setps=7"])
     assert not Path(getattr(stage, "model", "") if isinstance(getattr(stage, "model", ""), str) else "").is_absolute()
     for source in getattr(getattr(stage, "data", stage), "sources", ()):
         assert source.path.startswith("data/") and (source.images or "data/").startswith("data/"), source

@@ -139,26 +139,27 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
-    """torchrun with two processes, one of them killed while it trains; the same command goes on to the same weights."""
-    code = "import sys; from pathlib import Path; import test_sharding as t; t.killed(Path(sys.argv[1]), int(sys.argv[2]))"
+    """torchrun with two processes, one of which is killed while it trains; the same command goes on."""
+    (tmp_path / "run.py").write_text("import sys, pathlib, test_sharding\ntest_sharding.killed(pathlib.Path(sys.argv[1]))")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))), "OMP_NUM_THREADS": "1"}
-    (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "run.py")]
-    first = subprocess.run([*command, str(tmp_path / "out"), "5"], env=environment, capture_output=True, timeout=300)
-    assert first.returncode != 0 and (latest(tmp_path / "out") or tmp_path).name == "step-00000004"
-    subprocess.run([*command, str(tmp_path / "out"), "0"], env=environment, capture_output=True, timeout=300, check=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(tmp_path / "run.py"), str(tmp_path / "out")]
+    first, second = (subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False) for _ in range(2))
+    assert first.returncode != 0 and (tmp_path / "out" / "killed").exists()
+    assert second.returncode == 0 and b"resumed from" in second.stderr, second.stderr.decode()[-3000:]
     train(tmp_path / "alone", 8, is_orthus=True)
     assert_same_run(tmp_path / "out", tmp_path / "alone")
 
 
-def killed(folder: Path, step: int) -> None:
-    """Eight sharded steps; the second process kills itself in `step`, 0: never."""
-    if step and os.environ["RANK"] == "1":
-        count = itertools.count(1)
+def killed(folder: Path) -> None:
+    """Eight sharded steps; the first time, the second process kills itself in the fifth."""
+    mark, count = folder / "killed", itertools.count(1)
+    if os.environ["RANK"] == "1" and not mark.exists():
         original = OrthusForConditionalGeneration.forward
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if next(count) > 2 * (step - 1):
+            if next(count) > 4 * LANES // 2:
+                mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(self, *args, **kwargs)
 

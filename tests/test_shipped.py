@@ -8,25 +8,10 @@ import pytest
 from PIL import Image
 
 from demo import sample
-from orthus.training.settings import load_settings
-from train.autoencoder import AutoencoderStage
-from train.distil import DistilStage
-from train.posttrain import PostStage
-from train.pretrain import BaseStage
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = ROOT / "checkpoints" / "orthus-small"
-STAGES = {"autoencoder": AutoencoderStage, "language": BaseStage, "base": PostStage, "posttrain": PostStage}
-STAGES |= {"from_language_model": PostStage, "head": PostStage, "distil": DistilStage}
 needs_checkpoint = pytest.mark.skipif(not CHECKPOINT.is_dir(), reason="no shipped checkpoint yet")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
-def test_configs_load(path: Path) -> None:
-    stage = load_settings(STAGES[path.stem], path, ["run.num_steps=7"])
-    assert stage.run.num_steps == 7
-    with pytest.raises(ValueError, match=r"run\.num_steps"):
-        load_settings(STAGES[path.stem], path, ["run.num_setps=7"])
 
 
 def test_make_targets_and_files_of_the_readme_exist() -> None:

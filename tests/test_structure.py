@@ -112,7 +112,7 @@ def test_files_and_functions_are_short(path: Path) -> None:
 def test_a_batch_can_be_followed_from_yaml_to_loss() -> None:
     """Where examples come from, how a model draws and what a dry run says is not on the way."""
     drawing = {"orthus", "orthus.generation", "orthus.sampling", "orthus.backbone_rows", "orthus.training.planning"}
-    origins = ("orthus.data.world", "orthus.data.sources")
+    origins = ("orthus.data.world", "orthus.data.sources", "orthus.data.latents")
     reached: set[str] = set()
     pending = {"train.posttrain"}
     by_name = {module_name(path): path for path in FILES}

@@ -297,6 +297,19 @@ def test_batches_that_teach_nothing_are_refused(tmp_path: Path) -> None:
         fit(model, tiny_lanes(), run_settings(tmp_path / "b"), FAST)
 
 
+def test_loss_weights_of_a_run_and_no_average(tmp_path: Path) -> None:
+    model = tiny_model()
+    before = model.lm_head.weight.detach().clone()
+    settings = {"loss_weights": {"text": 0.0}, "ema_decay": 0.0, "log_every": 1}
+    fit(model, tiny_lanes(), run_settings(tmp_path, num_steps=2, **settings), OptimSettings(weight_decay=0.0))
+    assert torch.equal(before, model.lm_head.weight) and torch.equal(weights(tmp_path)["codebook"], model.codebook)
+    assert all(record["loss"] == pytest.approx(2 * record["loss/image"]) for record in logged(tmp_path))
+    (stored,) = (latest(tmp_path) or tmp_path).glob("tensors/.metadata")
+    assert b"ema." not in stored.read_bytes()
+    with pytest.raises(ValueError, match="run.loss_weights names 'words'; the losses of TinyModel are text, image"):
+        fit(tiny_model(), tiny_lanes(), run_settings(tmp_path / "b", loss_weights={"words": 1.0}), FAST)
+
+
 def test_autocast_and_sampling_with_averaged_weights(tmp_path: Path) -> None:
     seen = []
 

@@ -118,7 +118,7 @@ def fit(
 def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
     """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*`, `items`, and `grad_norm`."""
     model, device = state.model, torch.device(run.device)
-    weights = cast(Trainable, model).loss_weights
+    weights = loss_weights(model, run)
     counts = _global_counts(cast(Trainable, model), list(batches.values()))
     totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
     watched = torch.zeros(len(diagnostics(model)), 2, dtype=torch.float64, device=device)
@@ -150,7 +150,8 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     for optimizer in state.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    update_ema(state.ema, model, run.ema_decay, state.step)
+    if state.ema:
+        update_ema(state.ema, model, run.ema_decay, state.step)
     state.step += 1
     return record
 
@@ -168,6 +169,15 @@ def grad_norms(model: nn.Module) -> dict[str, float]:
         if gradients:
             norms[f"grad_norm/{name}"] = float(full_value(nn.utils.get_total_norm(gradients)))
     return norms
+
+
+def loss_weights(model: nn.Module, run: RunSettings) -> dict[str, float]:
+    """The model's weights, with those that the run names in their place. ValueError for a term that the model lacks."""
+    own = cast(Trainable, model).loss_weights
+    for name in run.loss_weights:
+        if name not in own:
+            raise ValueError(f"run.loss_weights names {name!r}; the losses of {type(model).__name__} are {', '.join(own)}")
+    return {**own, **run.loss_weights}
 
 
 def noise_seed(seed: int, step: int, lane: int) -> int:
@@ -266,7 +276,8 @@ def _start(
                 dist.broadcast(tensor.detach(), src=0)
     prepare(model, run)
     loaders = {lane: make_loader(lane, lanes) for lane in range(rank(), lanes, world_size())}
-    state = TrainState(model, start_ema(model), build_optimizers(model, optim), loaders, lanes)
+    loss_weights(model, run)
+    state = TrainState(model, start_ema(model) if run.ema_decay else {}, build_optimizers(model, optim), loaders, lanes)
     if newest is not None:
         load_checkpoint(state, newest)
         changed = differences(read(newest / "settings.yaml"), settings)
@@ -292,7 +303,7 @@ def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: 
         window[name] = value if name.startswith("grad_norm") else window.get(name, 0.0) + value
     if state.step % run.log_every and state.step != run.num_steps:
         return
-    weights = cast(Trainable, state.model).loss_weights
+    weights = loss_weights(state.model, run)
     means = {k: window[f"sum/{k}"] / window[f"count/{k}"] for k in weights if window[f"count/{k}"]}
     seconds = state.seconds - window.get("since", 0.0)
     metrics = {

@@ -110,12 +110,12 @@ def state_bytes(model: nn.Module, run: RunSettings, optim: OptimSettings, proces
     shards = 1 if run.sharding == "no" else processes
     trainable = sum(_share(p, shards) for p in model.parameters() if p.requires_grad)
     weights = sum(_share(p, shards) for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
-    slots = 0
+    slots, averages = 0, trainable if run.ema_decay else 0
     for optimizer in build_optimizers(model, optim):
         is_adamw = isinstance(optimizer, torch.optim.AdamW)  # two moments and a counter in fp32; Muon: one momentum
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             slots += 2 * _share(p, shards) + 4 if is_adamw else _share(p, shards)
-    return {"weights": weights, "gradients": trainable, "optimiser states": slots, "averaged weights (EMA)": trainable}
+    return {"weights": weights, "gradients": trainable, "optimiser states": slots, "averaged weights (EMA)": averages}
 
 
 def _share(tensor: Tensor, shards: int) -> int:

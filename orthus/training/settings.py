@@ -59,7 +59,8 @@ class RunSettings:
     sharding: Literal["no", "full", "offload"] = "no"  # FSDP2; offload: shards wait in the memory of the CPU
     checkpoint_activations: bool = False  # keep only the inputs of the backbone's layers and compute the rest again
     compile: bool = False  # each layer of the backbone; needs a compiler
-    ema_decay: float = 0.995
+    loss_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # of the model's terms, where another is wanted
+    ema_decay: float = 0.995  # 0: no average is kept, and final/ holds the last weights
     log_every: int = 10
     save_every: int = 250
     keep_checkpoints: int = 2
@@ -73,6 +74,7 @@ class RunSettings:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "lanes", self.lanes is None or self.lanes >= 1, "null or at least 1")
         _require(self, "sample_every", self.sample_every >= 0, "at least 0 (0: never)")
+        _require(self, "loss_weights", all(weight >= 0 for weight in self.loss_weights.values()), "numbers of at least 0")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
         _require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "null or at least 1")
 
