@@ -301,7 +301,8 @@ class OrthusForConditionalGeneration(PreTrainedModel, OrthusGenerationMixin):
         targets, sources = labels[:, 1:], hidden[:, :-1]
         is_latent, is_text = targets == image_token, (targets != IGNORE_INDEX) & (targets != image_token)
         text_sum = cast(TextHead, self.lm_head).cross_entropy(sources[is_text], targets[is_text])
-        image_sum, by_noise = text_sum.new_zeros(()), text_sum.new_zeros(NOISE_LEVELS, 2)
+        image_sum = sources.flatten()[:1].sum().float() * 0  # part of the graph, as every process of a sharded run needs it to be
+        by_noise = text_sum.new_zeros(NOISE_LEVELS, 2)
         if bool(is_latent.any()):
             if latents is None or bool((labels[:, 1:][is_latent] != input_ids[:, 1:][is_latent]).any()):
                 raise ValueError("labels mark latents to predict where input_ids has no image placeholder with latents")

@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "orthus": {"is_orthus": True},
     "orthus-sharded": {"is_orthus": True, "sharding": "full", "checkpoint_activations": True},
     "orthus-frozen-sharded": {"is_orthus": True, "sharding": "full", "frozen": ("backbone.layers", "backbone.norm")},
+    "orthus-table-frozen-sharded": {"is_orthus": True, "sharding": "full", "frozen": ("backbone.embed_tokens", "lm_head")},
     "orthus-offloaded": {"is_orthus": True, "sharding": "offload"},
 }
 

@@ -149,6 +149,19 @@ def test_complete_run_says_so_and_a_longer_one_goes_on(tmp_path: Path, capsys: p
     assert [record["step"] for record in logged(tmp_path)] == [2, 4]
 
 
+def test_a_longer_run_that_dies_before_its_model_is_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2), FAST)
+    before = weights(tmp_path)
+    with monkeypatch.context() as broken, pytest.raises(InterruptedRunError):
+        broken.setattr("orthus.training.fit.save_model", lambda *_: (_ for _ in ()).throw(InterruptedRunError))
+        fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=4), FAST)
+    assert_equal(before, weights(tmp_path))
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=4), FAST)
+    assert weights(tmp_path)["num_forwards"] == 4 and not torch.equal(before["codebook"], weights(tmp_path)["codebook"])
+
+
 def command(folder: Path, num_steps: int) -> subprocess.Popen[bytes]:
     code = (
         "import sys; from pathlib import Path; import test_training as t\n"

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
+
 from orthus.data.schema import Turn
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
@@ -27,7 +29,7 @@ class DistilStage(DistillationSettings):
 
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(DistilStage, argv[0], argv[1:])
-    model = OrthusForConditionalGeneration.from_pretrained(stage.model)
+    model = OrthusForConditionalGeneration.from_pretrained(stage.model, dtype=torch.float32)
     model.set_attn_implementation(stage.attention)
     processor = OrthusProcessor.from_pretrained(stage.model)
     unconditional = processor.render([Turn("user", (processor.unconditional_prompt,))], add_generation_prompt=True)

@@ -54,7 +54,7 @@ def planned_model(stage: PostStage) -> OrthusForConditionalGeneration:
     lora = stage.lora
     if lora is not None and lora.quantize != "no":
         raise ValueError(f"--dry-run does not know integer weights (lora.quantize={lora.quantize}); plan with lora.quantize=no")
-    model = planning.meta_model(planning.config_in(stage.model))
+    model = planning.meta_model(planning.config_in(stage.model), keeps_dtype=stage.lora is not None)
     freeze(model, stage.frozen)
     with torch.device("meta"):
         if lora is not None:

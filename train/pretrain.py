@@ -29,7 +29,7 @@ from orthus.training.settings import OptimSettings, RunSettings, load_settings, 
 from orthus.training.stages import DataSettings, SampleSettings, first_examples, run_stage
 
 CODEBOOK_BATCHES, PICTURES_PER_BATCH = 32, 64
-MAX_EXAMPLES = 1_000_000  # in which pictures for the codebook are looked for
+MAX_EXAMPLES = 20_000  # in which pictures for the codebook are looked for
 
 
 @dataclass(frozen=True)
@@ -121,8 +121,12 @@ def some_pictures(stage: BaseStage, processor: OrthusProcessor) -> Iterator[torc
     mixture = open_mixture(stage.data.sources, stage.run.seed, images.prepare, images.max_pixels)
     segments = (s for example in first_examples(mixture, MAX_EXAMPLES) for turn in example.turns for s in turn.segments)
     pictures = (segment for segment in segments if not isinstance(segment, str))
+    num_pictures = 0
     while batch := list(islice(pictures, PICTURES_PER_BATCH)):
+        num_pictures += len(batch)
         yield images.pixel_values(batch)
+    if num_pictures == 0:
+        raise ValueError(f"the first {MAX_EXAMPLES} examples of data.sources hold no picture; the codebook is made of some")
 
 
 def texts(example: Example) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -26,6 +27,11 @@ class ConditionDropping:
             if not 0 <= fraction <= 1:
                 raise ValueError(f"drop.{task}={fraction} is not a fraction from 0 to 1")
         self.source, self.fractions, self.prompt, self.seed = source, dict(fractions), prompt, seed
+
+    @property
+    def identity(self) -> Any:
+        """Of the source: what positions mean in it; None where only its length says."""
+        return getattr(self.source, "identity", None)
 
     def __len__(self) -> int:
         return len(self.source)  # type: ignore[arg-type]  # only asked where the source has a length

@@ -225,7 +225,7 @@ class PackedLoader:
     def _shard(self) -> dict[str, Any]:
         return {
             "rank": self.rank, "world_size": self.world_size, "seed": self.seed, "length": self._length,
-            "row_length": self.row_length, "buffer_size": self.buffer_size,
+            "row_length": self.row_length, "buffer_size": self.buffer_size, "data": getattr(self.dataset, "identity", None),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

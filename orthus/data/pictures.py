@@ -16,6 +16,7 @@ from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor, load_image
 
 SPLITS = ("train", "validation")
+MAX_WITHOUT_PICTURES = 10_000
 MIN_READ = 100  # examples before a fraction of unusable ones means anything
 
 
@@ -79,8 +80,12 @@ class SourcePictures:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while True:
             batch: list[Image.Image] = []
+            num_without = 0
             while len(batch) < self.batch_size:
                 pictures = self._pictures(self.next_example)
+                num_without = 0 if pictures else num_without + 1
+                if num_without > MAX_WITHOUT_PICTURES:
+                    raise ValueError(f"{num_without} examples on end hold no picture; give sources of pictures")
                 taken = pictures[self.num_used : self.num_used + self.batch_size - len(batch)]
                 batch += taken
                 self.num_used += len(taken)

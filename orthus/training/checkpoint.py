@@ -86,12 +86,12 @@ def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], setti
     temporary = final.with_name(f".{final.name}.tmp")
     try:
         return _write_checkpoint(state, final, temporary, settings, keep)
-    except (OSError, RuntimeError, CheckpointException) as error:
+    except (OSError, CheckpointException) as error:
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        last, reason = latest(output_dir), str(error).strip().splitlines()[-1]
+        last, reason = latest(output_dir), (str(error).strip() or repr(error)).splitlines()[-1]
         raise OSError(
-            f"{final} could not be written ({reason}); free space on its disk and start the same command again: it goes on from "
+            f"{final} could not be written ({reason}); if its disk is full, free space; the same command goes on from "
             f"{'the beginning' if last is None else last}"
         ) from error
 
@@ -128,6 +128,16 @@ def latest(output_dir: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of a run, None without one. Half-written folders do not count."""
     finished = _finished(output_dir)
     return finished[-1][1] if finished else None
+
+
+def check_shared(newest: Path | None, output_dir: str) -> None:
+    """ValueError where processes see different checkpoints."""
+    if world_size() == 1:
+        return
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, newest and newest.name)
+    if len(set(found)) > 1:
+        raise ValueError(f"processes find different checkpoints in {output_dir} ({found}); put it on storage that all share")
 
 
 def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:

@@ -8,6 +8,7 @@ changes nothing, and a run goes on with any number that divides its lanes.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import sys
@@ -30,6 +31,7 @@ from orthus.training.checkpoint import (
     Loader,
     TrainState,
     barrier,
+    check_shared,
     latest,
     load_checkpoint,
     num_lanes,
@@ -41,7 +43,7 @@ from orthus.training.checkpoint import (
 from orthus.training.metrics import MetricsLog
 from orthus.training.optim import averaged, build_optimizers, lr_factor, set_lr, start_ema, update_ema
 from orthus.training.settings import OptimSettings, RunSettings, differences, read, to_dict
-from orthus.training.sharding import forget_touched, full_value, is_sharded, loss_factor, prepare, touch
+from orthus.training.sharding import forget_touched, full_value, is_sharded, loss_factor, prepare, reached, touch
 
 Batch = dict[str, Any]
 MakeLoader = Callable[[int, int], Loader]
@@ -90,7 +92,9 @@ def fit(
     settings = settings or {"run": to_dict(run), "optim": to_dict(optim)}
     state = _start(model, make_loader, run, optim, settings)
     final = Path(run.output_dir) / "final"
-    if state.step >= run.num_steps and final.is_dir():
+    done = final.with_name("final.json")
+    is_written = final.is_dir() and done.exists() and json.loads(done.read_text(encoding="utf-8"))["step"] == state.step
+    if state.step >= run.num_steps and is_written:
         _say(f"{run.output_dir} is complete at step {state.step}; raise run.num_steps or choose another output_dir")
         return
     log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=state.step) if rank() == 0 else None
@@ -112,6 +116,8 @@ def fit(
                 _say(f"terminated: saved step {state.step} of {run.num_steps}; the same command resumes")
                 raise SystemExit(EXIT_TERMINATED)
     save_model(model, state.ema, final)
+    if rank() == 0:
+        done.write_text(json.dumps({"step": state.step}) + "\n", encoding="utf-8")
 
 
 
@@ -122,11 +128,13 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
     counts = _global_counts(cast(Trainable, model), list(batches.values()))
     totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
     watched = torch.zeros(len(diagnostics(model)), 2, dtype=torch.float64, device=device)
+    used = reached(model, 0)
     for lane, batch in batches.items():
         torch.manual_seed(noise_seed(run.seed, state.step, lane))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
             output = model(**_to_device(batch, device))
         terms = [weights[k] / counts[k] * output.loss_sums[k] for k in weights if counts[k] and k in output.loss_sums]
+        used = torch.maximum(used, reached(model, sum(terms)))
         loss = cast(Tensor, sum(terms, touch(model)))
         if isinstance(loss, Tensor) and loss.requires_grad:
             (loss * loss_factor(model)).backward()
@@ -137,7 +145,7 @@ def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, o
         _sum_gradients([p for p in parameters if not is_sharded(p)])
         dist.all_reduce(totals)
         dist.all_reduce(watched)
-    forget_touched(model)
+    forget_touched(model, used)
     is_logged = (state.step + 1) % run.log_every == 0 or state.step + 1 == run.num_steps
     by_part = grad_norms(model) if is_logged else {}
     grad_norm = full_value(nn.utils.clip_grad_norm_(parameters, optim.clip_norm))
@@ -250,7 +258,7 @@ def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], r
     values = ", ".join(f"{name} {value:g}" for name, value in record.items() if not name.startswith("count/"))
     raise FloatingPointError(
         f"step {state.step + 1} is not finite ({values}); its batches are in {path}. "
-        "Look at them, lower optim.peak_lr, or resume from the last checkpoint with another run.seed"
+        "Look at them, lower optim.peak_lr or optim.clip_norm, and resume with the same command"
     )
 
 
@@ -269,6 +277,7 @@ def _start(
     if lanes % world_size():
         raise ValueError(f"{lanes} lanes cannot be shared by {world_size()} processes; set run.lanes to a multiple of them, or "
                          f"start as many processes as divide {lanes}")  # fmt: skip
+    check_shared(newest, run.output_dir)
     model.to(run.device).train()
     if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):

@@ -84,11 +84,11 @@ def read_config(folder: str, origin: str) -> dict[str, Any]:
     return raw
 
 
-def meta_model(config: OrthusConfig) -> OrthusForConditionalGeneration:
-    """A model without storage, in the dtype that its weights load in."""
+def meta_model(config: OrthusConfig, keeps_dtype: bool = False) -> OrthusForConditionalGeneration:
+    """A model without storage, in fp32 as stages load it, or in the dtype that it is stored in, which adapters keep."""
     with torch.device("meta"):
         model = OrthusForConditionalGeneration(config)
-    dtype = config.dtype or torch.float32
+    dtype = (keeps_dtype and config.dtype) or torch.float32
     return cast(Any, model).to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 

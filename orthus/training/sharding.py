@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from orthus.adapters import is_quantized
 from orthus.training.settings import RunSettings
 
 
@@ -48,13 +49,27 @@ def _shard(model: nn.Module, run: RunSettings) -> None:
         raise ValueError(
             "run.sample_every draws with the whole model, which a sharded run never holds; set it to 0 and draw from final/"
         )
+    if any(".lora_" in name for name, _ in model.named_parameters()) or any(map(is_quantized, model.parameters())):
+        raise ValueError("adapters and integer weights are not sharded; use run.sharding=no, where only the adapters train")
     device = torch.device(run.device).type
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     is_low = run.autocast == "bfloat16" and device == "cuda"
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if is_low else MixedPrecisionPolicy()
     offload = CPUOffloadPolicy(pin_memory=device == "cuda") if run.sharding == "offload" else OffloadPolicy()
-    for module in (*backbone_layers(model), model):
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=module is not model)
+    layers = backbone_layers(model)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=True)
+    if any(p.requires_grad for name, p in model.named_parameters() if name.startswith(("backbone.", "latent_embedding."))):
+        layers[0].register_forward_pre_hook(_require_gradient, with_kwargs=True, prepend=True)  # before FSDP's own hook
+    # The root in fp32: latents, soft VQ and targets are computed in it, and autocast lowers its products.
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(), offload_policy=offload, reshard_after_forward=False)
+
+
+def _require_gradient(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """All processes go through the layers backwards, also one whose embeddings are frozen and whose batch has no picture."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if torch.is_grad_enabled() and not hidden.requires_grad:
+        hidden.requires_grad_()
 
 
 def loss_factor(model: nn.Module) -> int:
@@ -79,15 +94,27 @@ def touch(model: nn.Module) -> Tensor | int:
     return cast(Tensor, sum(p.flatten()[:1].sum() * 0 for p in _of_root(model)))
 
 
-def forget_touched(model: nn.Module) -> None:
-    """Take away the gradients that only [`touch`] made, so that optimisers leave these parameters alone, as they do unsharded."""
-    touched = [p for p in _of_root(model) if p.grad is not None] if isinstance(model, FSDPModule) else []
-    if not touched:
+def reached(model: nn.Module, loss: Tensor | int) -> Tensor:
+    """Which trainable parameters of the root of a sharded model a loss depends on, 0 or 1 each; empty for a whole model."""
+    if not isinstance(model, FSDPModule):
+        return torch.zeros(0)
+    pending, seen, found = [getattr(loss, "grad_fn", None)], set(), set()
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found.add(id(getattr(node, "variable", None)))
+            pending += [following for following, _ in node.next_functions]
+    return torch.tensor([float(id(p) in found) for p in _of_root(model)])
+
+
+def forget_touched(model: nn.Module, used: Tensor) -> None:
+    """Take away the gradients that only [`touch`] made, so that optimisers leave these parameters alone, as they do unsharded.
+    `used`: the largest of [`reached`] over the batches of this process."""
+    if not isinstance(model, FSDPModule):
         return
-    locals_ = [cast(DTensor, p.grad).to_local() for p in touched]
-    largest = torch.stack([g.abs().max().float() if g.numel() else g.new_zeros((), dtype=torch.float32) for g in locals_])
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    for parameter, value in zip(touched, largest.tolist(), strict=True):
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    for parameter, value in zip(_of_root(model), used.tolist(), strict=True):
         if value == 0:
             parameter.grad = None
 

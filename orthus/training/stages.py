@@ -114,9 +114,11 @@ class LoraSettings:
 
 
 def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
-    """The model to start a stage from, without training for the `frozen` parts; then come new adapters if `lora` is given."""
+    """The model to start a stage from, without training for the `frozen` parts; then come new adapters if `lora` is given.
+    Without adapters the weights are in fp32 whatever they were stored in: small steps are lost in bf16."""
     kind = "no" if lora is None else lora.quantize
-    model = OrthusForConditionalGeneration.from_pretrained(folder, quantization_config=quantization(kind))
+    dtype: dict[str, Any] = {"dtype": torch.float32} if lora is None else {}
+    model = OrthusForConditionalGeneration.from_pretrained(folder, quantization_config=quantization(kind), **dtype)
     freeze(model, frozen)
     if lora is None:
         return model

@@ -119,7 +119,7 @@ def _message(message: Any, number: int) -> tuple[str, list[Piece]]:
     if not isinstance(message, Mapping):
         raise ValueError(f"turn {number} is a {type(message).__name__}, not an object")
     speaker = message.get("from") or message.get("role")
-    if speaker not in ROLES:
+    if not isinstance(speaker, str) or speaker not in ROLES:
         raise ValueError(f"turn {number} is of {speaker!r}; known are {', '.join(ROLES)}")
     content = message.get("value") or message.get("content")
     pieces: list[Piece] = []

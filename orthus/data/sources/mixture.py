@@ -35,6 +35,11 @@ class Mixture:
             for number, (source, length) in enumerate(zip(sources, self.lengths, strict=True))
         ]
 
+    @property
+    def identity(self) -> list[Any]:
+        """Plain values that say what positions mean: other lengths, shares or another seed would give other items."""
+        return [list(self.lengths), list(self.slots), self.seed]
+
     def locate(self, position: int) -> tuple[int, int, int]:
         """`(source number, its epoch, index in the source)` of what stands at a position."""
         if position < 0:

@@ -47,7 +47,10 @@ class ParquetFiles:
     def _load(self, path: str, number: int) -> Any:
         file = _open(path)
         names = [name for name in file.schema_arrow.names if self.columns is None or name in self.columns]
-        return file.read_row_group(number, columns=names, use_threads=False)  # pyarrow's threads do not survive a fork
+        try:
+            return file.read_row_group(number, columns=names, use_threads=False)  # pyarrow's threads do not survive a fork
+        except OSError as error:  # pyarrow's own errors of damaged pages
+            raise ValueError(f"row group {number} of {path} is damaged: {error}") from error
 
 
 def column_names(path: str) -> list[str]:
