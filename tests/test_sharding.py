@@ -173,6 +173,9 @@ def killed(folder: Path) -> None:
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="needs processes to shard over; start with torchrun"):
         train(tmp_path / "alone", sharding="full")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="run.device=cuda is not available here; use run.device=cpu"), joined("cuda"):
+            pass
     monkeypatch.setattr("orthus.training.fit.world_size", lambda: 3)
     with pytest.raises(ValueError, match="4 lanes cannot be shared by 3 processes; set run.lanes"):
         train(tmp_path / "three")

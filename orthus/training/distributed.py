@@ -12,6 +12,8 @@ import torch.distributed as dist
 def joined(device: str = "cpu") -> Iterator[tuple[int, int]]:
     """(rank, world size) for the duration of the block; one process without torchrun is (0, 1). On "cuda" each process takes
     the GPU of its local rank."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"run.device={device} is not available here; use run.device=cpu, or a machine with a GPU and its driver")
     if device != "cpu" and ":" in device and "RANK" in os.environ:
         raise ValueError(f"run.device={device} names one device for all processes; use run.device={device.split(':')[0]}")
     if device == "cuda":
