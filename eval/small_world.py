@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from PIL import Image
@@ -46,6 +46,7 @@ from orthus.training.settings import differences, load_settings, to_dict
 ANSWER_TOKENS = 128
 STORY_TOKENS = 256
 RESULTS = "results.json"
+T = TypeVar("T")
 TASKS = ("geneval", "geneval_direct", "mme", "describe", "edit", "story")
 
 
@@ -286,13 +287,20 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Load the model, evaluate it, write the results and print the main numbers."""
+def from_command_line(cls: Callable[..., T], argv: Sequence[str] | None, description: str | None) -> T | None:
+    """The settings of `key=value` arguments; None where help was asked for, which is printed then."""
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\n{Settings.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(Settings("")).items()))
+        print(f"{description}\n{cls.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(cls("")).items()))
+        return None
+    return load_settings(cast("type[T]", cls), os.devnull, arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the model, evaluate it, write the results and print the main numbers."""
+    settings = from_command_line(Settings, argv, __doc__)
+    if settings is None:
         return
-    settings = load_settings(Settings, os.devnull, arguments)
     from orthus.modeling import OrthusForConditionalGeneration
     from orthus.processing import OrthusProcessor
 

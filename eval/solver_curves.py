@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from orthus.diffusion import SPACINGS
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
 from orthus.sampling import LatentSampler, Sampling
-from orthus.training.settings import load_settings, to_dict
+from orthus.training.settings import to_dict
 
 PARTS = ("error", "score")
 SOLVERS = ("ddim", "dpm++2m", "heun")  # "euler" is flow matching's name for the same step as "ddim"
@@ -309,11 +308,9 @@ def report(settings: Settings, errors: Sequence[Point], scores: Sequence[Point])
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, measure what is missing, write and print."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\n{Settings.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(Settings("")).items()))
+    settings = small_world.from_command_line(Settings, argv, __doc__)
+    if settings is None:
         return
-    settings = load_settings(Settings, os.devnull, arguments)
     folder = Path(settings.output)
     small_world.check_manifest(folder, settings, FREE)
     model = OrthusForConditionalGeneration.from_pretrained(settings.model).eval().to(torch.device(settings.device))

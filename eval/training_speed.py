@@ -6,9 +6,7 @@ of examples of the same kinds, the two ways in turn, so that whatever else the m
 
 from __future__ import annotations
 
-import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +17,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.small_world import provenance, write_json
+from eval.small_world import from_command_line, provenance, write_json
 from orthus.configuration import IGNORE_INDEX
 from orthus.data.packing import PackedLoader
 from orthus.data.world.dataset import DEFAULT_TASKS, WorldDataset
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
-from orthus.training.settings import load_settings, to_dict
 
 Batch = dict[str, Any]
 
@@ -107,11 +104,9 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"{__doc__}\n{Settings.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(Settings("")).items()))
+    settings = from_command_line(Settings, argv, __doc__)
+    if settings is None:
         return
-    settings = load_settings(Settings, os.devnull, arguments)
     found = measure(settings)
     for name, value in found["real_tokens_per_second"].items():
         print(f"{name}: {value:.0f} real tokens/s, {found['real_share'][name]:.1%} of all tokens are real")

@@ -102,8 +102,9 @@ class LatentSampler:
         self.graphs = Graphs() if is_captured else None
         self.plans: dict[int, _Plan] = {}
         self.num_passes = 0  # evaluations of the head so far, a look-ahead of several steps counting once
-        for num_steps in {self.num_steps_at(0, 1), sampling.last_diffusion_steps or 1}:
-            self.plan(num_steps)
+        self.plan(self.num_steps_at(0, 1))
+        if sampling.last_diffusion_steps is not None:  # refused now rather than in the middle of a picture
+            self.plan(sampling.last_diffusion_steps)
 
     def num_steps_at(self, place: int, num_latents: int) -> int:
         """Evaluations of the head for the latent at raster index `place` of an image of `num_latents`."""

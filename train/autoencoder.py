@@ -60,29 +60,27 @@ def main(argv: Sequence[str]) -> None:
     freeze(model, stage.frozen)
     processor = OrthusImageProcessor(size=stage.size)
 
+    mixture = open_mixture(stage.sources, stage.run.seed, processor.prepare, processor.max_pixels) if stage.sources else None
+
+    def pictures(num_objects: int, lane: int = 0, num_lanes: int = 1) -> Loader:
+        """Batches of one lane: of the sources, or scenes of `num_objects` objects."""
+        if mixture is not None:
+            return SourcePictures(mixture, processor, stage.batch_size, lane, num_lanes)
+        return PictureLoader(stage.world, processor, stage.batch_size, num_objects, "train", lane, num_lanes)
+
     def make_loader(lane: int, num_lanes: int) -> Loader:
-        return pictures(stage, processor, stage.num_objects, lane, num_lanes)
+        return pictures(stage.num_objects, lane, num_lanes)
 
     with joined(stage.run.device) as (rank, _):
         if stage.start:  # noise on the latents is in units of their standard deviation
             cast(torch.nn.Module, model).to(stage.run.device)
-            calibrate(model, stage, processor)
+            calibrate(model, pictures(stage.calibration_objects))
         fit(model, make_loader, stage.run, stage.optim)
         if rank == 0:
             final = Path(stage.run.output_dir) / "final"
             trained = load_autoencoder(final)
-            if calibrate(trained, stage, processor):
+            if calibrate(trained, pictures(stage.calibration_objects)):
                 write_model(trained, final)
-
-
-def pictures(
-    stage: AutoencoderStage, processor: OrthusImageProcessor, num_objects: int, lane: int = 0, num_lanes: int = 1
-) -> Loader:
-    """Batches of pictures of one lane: of the sources, or scenes of `num_objects` objects."""
-    if not stage.sources:
-        return PictureLoader(stage.world, processor, stage.batch_size, num_objects, "train", lane, num_lanes)
-    mixture = open_mixture(stage.sources, stage.run.seed, processor.prepare, processor.max_pixels)
-    return SourcePictures(mixture, processor, stage.batch_size, lane, num_lanes)
 
 
 def first_model(stage: AutoencoderStage) -> Autoencoder:
@@ -93,11 +91,10 @@ def first_model(stage: AutoencoderStage) -> Autoencoder:
     return PatchAutoencoder(cast(PatchAutoencoderConfig, as_config("model", fields, PatchAutoencoderConfig.model_type)))
 
 
-def calibrate(model: Autoencoder, stage: AutoencoderStage, processor: OrthusImageProcessor) -> bool:
-    """Give the latents of typical scenes zero mean and unit variance, once; whether it was needed."""
+def calibrate(model: Autoencoder, loader: Loader) -> bool:
+    """Give the latents of a loader's pictures zero mean and unit variance, once; whether it was needed."""
     if not isinstance(model, CalibratedAutoencoder) or bool((model.latent_std != 1).any()):
         return False
-    loader = pictures(stage, processor, stage.calibration_objects)
     model.calibrate(torch.cat([batch["pixel_values"] for batch in islice(loader, CALIBRATION_BATCHES)]))
     return True
 

@@ -18,7 +18,7 @@ from orthus.building import build_orthus
 from orthus.configuration import OrthusConfig, as_config
 from orthus.conversion import is_published
 from orthus.data.pictures import PictureLoader
-from orthus.data.schema import Example, ExampleSource
+from orthus.data.schema import Example, ExampleSource, batches, pictures_of
 from orthus.data.sources import open_mixture
 from orthus.data.world.dataset import WorldDataset
 from orthus.modeling import OrthusForConditionalGeneration
@@ -119,10 +119,9 @@ def some_pictures(stage: BaseStage, processor: OrthusProcessor) -> Iterator[torc
         yield from (batch["pixel_values"] for batch in PictureLoader(stage.data.world, images, PICTURES_PER_BATCH, num_objects=5))
         return
     mixture = open_mixture(stage.data.sources, stage.run.seed, images.prepare, images.max_pixels)
-    segments = (s for example in first_examples(mixture, MAX_EXAMPLES) for turn in example.turns for s in turn.segments)
-    pictures = (segment for segment in segments if not isinstance(segment, str))
+    pictures = (picture for example in first_examples(mixture, MAX_EXAMPLES) for picture in pictures_of(example))
     num_pictures = 0
-    while batch := list(islice(pictures, PICTURES_PER_BATCH)):
+    for batch in batches(pictures, PICTURES_PER_BATCH):
         num_pictures += len(batch)
         yield images.pixel_values(batch)
     if num_pictures == 0:

@@ -27,12 +27,11 @@ from orthus.data.latents import (
     check_shard,
     describe,
     identity,
-    pictures_of,
     read_plan,
     refuse_other,
     shards_of,
 )
-from orthus.data.schema import BadItem
+from orthus.data.schema import BadItem, batches, pictures_of
 from orthus.data.sources import RecordSource, SourceSettings
 from orthus.image_processing import OrthusImageProcessor
 
@@ -195,17 +194,6 @@ def reader(source: RecordSource) -> Callable[[int], Found]:
             return bad
 
     return read
-
-
-def batches(pictures: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:
-    batch: list[Image.Image] = []
-    for picture in pictures:
-        batch.append(picture)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 # -- files ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from orthus.autoencoder import Autoencoder
-from orthus.data.schema import BadItem, Example, ExampleSource
+from orthus.data.schema import BadItem, Example, ExampleSource, pictures_of
 from orthus.data.sources import RecordSource, SourceSettings
 from orthus.data.sources.files import Recent
 from orthus.image_processing import OrthusImageProcessor, remember_latents
@@ -172,18 +172,13 @@ class _OpenShard:
 # -- in training ---------------------------------------------------------------------------------------------------
 
 
-def pictures_of(example: Example) -> list[Image.Image]:
-    """In reading order."""
-    return [segment for turn in example.turns for segment in turn.segments if isinstance(segment, Image.Image)]
-
-
 def undecoded(value: Any) -> Image.Image:
     """Stands in for a picture whose latents are known. It has no pixels, so that nothing can encode it by mistake."""
     return Image.new("RGB", (0, 0))
 
 
 class CachedSource:
-    """A source whose pictures are not read: each is a stand-in that brings its latents, for the processor whose word `owner` is.
+    """A source whose pictures are not decoded: each is a stand-in with its latents, for the processor whose word `owner` is.
 
     Items that could not be used when the cache was written are BadItem without being looked at. Raises ValueError for an
     item that has more or fewer pictures now.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from orthus.data.schema import BadItem, ExampleSource
+from orthus.data.schema import BadItem, ExampleSource, pictures_of
 from orthus.data.world.render import render
 from orthus.data.world.sampling import sample_scene
 from orthus.data.world.scene import WorldConfig
@@ -104,7 +104,7 @@ class SourcePictures:
             if self.num_bad > self.max_bad_fraction * max(self.num_read, MIN_READ):
                 raise ValueError(f"{self.num_bad} of {self.num_read} examples cannot be used; the last: {bad}") from bad
             return []
-        return [part for turn in example.turns for part in turn.segments if isinstance(part, Image.Image)]
+        return pictures_of(example)
 
     def counts(self) -> dict[str, int]:
         """Examples that were read and that could not be used."""

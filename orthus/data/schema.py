@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol, get_args
 
 from PIL import Image
@@ -51,6 +53,17 @@ class Example:
         for place, turn in enumerate(self.turns):
             if not isinstance(turn, Turn):
                 raise TypeError(f"turn {place} is a {type(turn).__name__}; pass Turn(role, segments)")
+
+
+def pictures_of(example: Example) -> list[Image.Image]:
+    """In reading order."""
+    return [segment for turn in example.turns for segment in turn.segments if isinstance(segment, Image.Image)]
+
+
+def batches(pictures: Iterator[Image.Image], size: int) -> Iterator[list[Image.Image]]:
+    """All of them, `size` at a time."""
+    while batch := list(islice(pictures, size)):
+        yield batch
 
 
 class BadItem(ValueError):

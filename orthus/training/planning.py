@@ -24,7 +24,7 @@ from orthus.modeling import OrthusForConditionalGeneration
 from orthus.text_head import MAX_LOGIT_BYTES
 from orthus.training.optim import build_optimizers
 from orthus.training.settings import OptimSettings, RunSettings
-from orthus.training.sharding import backbone_layers
+from orthus.training.sharding import backbone_layers, root_parameters
 
 if TYPE_CHECKING:
     from orthus.training.stages import DataSettings
@@ -136,10 +136,8 @@ def _is_low(run: RunSettings) -> bool:
 
 def passing_bytes(model: Any, run: RunSettings, processes: int) -> int:
     """Estimate: copies of weights in which a step computes, and the buffers in which gradients are summed over processes."""
-    layers = backbone_layers(model)
-    inner = {id(p) for layer in layers for p in layer.parameters()}
     if run.sharding != "no":
-        parts = [[p for p in model.parameters() if id(p) not in inner], list(layers[0].parameters())]
+        parts = [root_parameters(model), list(backbone_layers(model)[0].parameters())]
         whole, learned = ([sum(p.numel() for p in part if p.requires_grad or every) for part in parts] for every in (True, False))
         size = 2 if _is_low(run) else next(model.parameters()).element_size()
         return size * (whole[0] + 2 * whole[1]) + (size + 4) * sum(learned)  # two layers: the next is fetched early

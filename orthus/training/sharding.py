@@ -91,7 +91,7 @@ def touch(model: nn.Module) -> Tensor | int:
     ones and reduces them together, whatever kinds of targets its batch has. To be called after the forward."""
     if not isinstance(model, FSDPModule):
         return 0
-    return cast(Tensor, sum(p.flatten()[:1].sum() * 0 for p in _of_root(model)))
+    return cast(Tensor, sum(p.flatten()[:1].sum() * 0 for p in _trained_in_root(model)))
 
 
 def reached(model: nn.Module, loss: Tensor | int) -> Tensor:
@@ -105,7 +105,7 @@ def reached(model: nn.Module, loss: Tensor | int) -> Tensor:
             seen.add(node)
             found.add(id(getattr(node, "variable", None)))
             pending += [following for following, _ in node.next_functions]
-    return torch.tensor([float(id(p) in found) for p in _of_root(model)])
+    return torch.tensor([float(id(p) in found) for p in _trained_in_root(model)])
 
 
 def forget_touched(model: nn.Module, used: Tensor) -> None:
@@ -114,14 +114,19 @@ def forget_touched(model: nn.Module, used: Tensor) -> None:
     if not isinstance(model, FSDPModule):
         return
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    for parameter, value in zip(_of_root(model), used.tolist(), strict=True):
+    for parameter, value in zip(_trained_in_root(model), used.tolist(), strict=True):
         if value == 0:
             parameter.grad = None
 
 
-def _of_root(model: nn.Module) -> list[nn.Parameter]:
+def root_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those outside of the backbone's layers."""
     inner = {id(p) for layer in backbone_layers(model) for p in layer.parameters()}
-    return [p for p in model.parameters() if p.requires_grad and id(p) not in inner]
+    return [p for p in model.parameters() if id(p) not in inner]
+
+
+def _trained_in_root(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in root_parameters(model) if p.requires_grad]
 
 
 @contextmanager
