@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.report import data_uri
+from eval.page import data_uri
 from orthus.data.schema import Segment
 
 STYLE = """

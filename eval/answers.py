@@ -1,15 +1,21 @@
-"""Asking a model many prompts, resumably: requests in, one line per answer out, pictures as PNG files beside it.
+"""Asking a model many prompts: resumable, shared by processes, and the same to the byte however it was run.
 
-Each request has its own seed, a hash of the run's seed and its key, so that an answer's noise depends neither on the batch
-nor on resumption. (Batched matrix products still round differently from single ones.)
+Requests are cut into batches once; process r of W (torchrun) takes batches r, r + W, ..., and a batch of which anything lacks is
+answered whole. The seed of a request is a hash of the run's seed, its task and its key. So neither the number of processes nor a
+kill changes what stands beside an answer in its batch, or its noise. Files, in the run's folder:
+
+    <task>.rank00000.jsonl   one line per answer, appended batch by batch and flushed to the disk
+    <task>.jsonl             all answers in the order of the requests, once every process is done
+    images/...png            written whole or not at all; a record holds the sha256 of each
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,16 +24,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from eval.whole_files import write_bytes, write_text
 from orthus.data.schema import Segment, Turn
 from orthus.sampling import Sampling
+from orthus.training.distributed import barrier, rank, world_size
+
+Place = Callable[[str, int], str]
+"""From a request's key and the number of a segment to the file of its picture, in the run's folder."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt: `segments` of the user's turn. `key` names it within its task."""
+    """One prompt: `segments` of the user's turn, pictures or functions that read them. `key` is its name in the task."""
 
     key: str
-    segments: tuple[Segment, ...]
+    segments: tuple[Segment | Callable[[], Image.Image], ...]
+
+    def read(self) -> tuple[Segment, ...]:
+        """The segments with all pictures read."""
+        return tuple(segment() if callable(segment) else segment for segment in self.segments)
 
 
 @dataclass(frozen=True)
@@ -54,11 +69,29 @@ class Decoding:
 
 
 @dataclass(frozen=True)
+class StoredPicture:
+    """A picture on the disk and the sha256 of its file."""
+
+    path: Path
+    sha256: str
+
+    def is_whole(self) -> bool:
+        return self.path.is_file() and hashlib.sha256(self.path.read_bytes()).hexdigest() == self.sha256
+
+    def open(self) -> Image.Image:
+        """The picture in RGB. Raises ValueError if the file is missing, cut short or another one."""
+        if not self.is_whole():
+            raise ValueError(f"{self.path} is missing, cut short or was changed since it was drawn; generate again to mend it")
+        with Image.open(self.path) as picture:
+            return picture.convert("RGB")
+
+
+@dataclass(frozen=True)
 class Answer:
     """What the model said: text and pictures, and whether it ended by itself (with the separator)."""
 
     key: str
-    segments: tuple[Segment, ...]
+    segments: tuple[str | StoredPicture, ...]
     has_ended: bool
 
     @property
@@ -66,13 +99,13 @@ class Answer:
         return " ".join(segment for segment in self.segments if isinstance(segment, str))
 
     @property
-    def picture_number(self) -> int | None:
-        """Place of the first picture among the segments, which its file name carries."""
-        return next((i for i, segment in enumerate(self.segments) if isinstance(segment, Image.Image)), None)
+    def stored(self) -> list[StoredPicture]:
+        return [segment for segment in self.segments if isinstance(segment, StoredPicture)]
 
     @property
     def pictures(self) -> list[Image.Image]:
-        return [segment for segment in self.segments if isinstance(segment, Image.Image)]
+        """Read from the disk at each call."""
+        return [stored.open() for stored in self.stored]
 
 
 def item_seed(seed: int, task: str, key: str) -> int:
@@ -90,31 +123,99 @@ def ask(
     folder: Path,
     seed: int = 0,
     batch_size: int = 64,
+    place: Place | None = None,
 ) -> dict[str, Answer]:
-    """Answers by key; those already in `folder/<task>.jsonl` are read, not generated again."""
-    path = folder / f"{task}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    done = read_records(path)
-    open_requests = [request for request in requests if request.key not in done]
-    with tqdm(total=len(requests), initial=len(requests) - len(open_requests), desc=task, unit="prompt") as bar:
-        for start in range(0, len(open_requests), batch_size):
-            batch = open_requests[start : start + batch_size]
+    """Answers by key; those that `folder` holds already are not generated again. Every process calls this and gets them all.
+
+    place: where pictures lie; default `images/<task>-<key>-<segment>.png`.
+    Raises ValueError if `folder` holds answers to other requests of this task.
+    """
+    place = place or (lambda key, number: f"images/{task}-{key.replace('/', '_')}-{number}.png")
+    order = [request.key for request in requests]
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _merge(folder, task, order)
+    barrier()
+    answers = _read_answers(folder, task)
+    done = {key for key, answer in answers.items() if all(stored.is_whole() for stored in answer.stored)}
+    batches = [requests[start : start + batch_size] for start in range(0, len(requests), batch_size)]
+    mine = [batch for batch in batches[rank() :: world_size()] if any(request.key not in done for request in batch)]
+    num_open = sum(len(batch) for batch in mine)
+    num_here = sum(len(batch) for batch in batches[rank() :: world_size()])
+    shard = folder / f"{task}.rank{rank():05d}.jsonl"
+    with tqdm(total=num_here, initial=num_here - num_open, desc=task, unit="prompt", disable=rank() > 0) as bar:
+        for batch in mine:
             seeds = [item_seed(seed, task, request.key) for request in batch]
-            records = [
-                _record(answer, folder, f"{task}-{answer.key.replace('/', '_')}")
-                for answer in _answer_batch(model, processor, batch, decoding, seeds)
-            ]
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
-                file.flush()
-                os.fsync(file.fileno())
-            done.update({record["key"]: record for record in records})
+            said = _answer_batch(model, processor, batch, decoding, seeds)
+            pairs = list(zip(batch, said, strict=True))
+            records = [_record(r.key, *answer, folder, place) for r, answer in pairs if r.key not in done]
+            _append(shard, records)
             bar.update(len(batch))
-    return {request.key: _restore(done[request.key], folder) for request in requests}
+    barrier()
+    if rank() == 0:
+        _merge(folder, task, order)
+    barrier()
+    return _read_answers(folder, task)
 
 
-def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding: Decoding, seeds: Sequence[int]) -> list[Answer]:
-    turns = [[Turn("user", request.segments)] for request in batch]
+def stored_answers(folder: Path, task: str, requests: Sequence[Request]) -> dict[str, Answer]:
+    """The answers of a finished run. Raises ValueError, naming what lacks, if it is not finished."""
+    if list(folder.glob(f"{task}.rank*.jsonl")):
+        raise ValueError(f"{folder} holds {task} answers of an unfinished run; let the same command finish it")
+    answers = _read_answers(folder, task)
+    lacking = [request.key for request in requests if request.key not in answers]
+    if lacking or len(answers) != len(requests):
+        shown = ", ".join(lacking[:3]) + (", ..." if len(lacking) > 3 else "")
+        raise ValueError(
+            f"{folder / task}.jsonl has {len(answers)} answers to {len(requests)} requests ({len(lacking)} lack: {shown}); "
+            "generate again, which adds what lacks"
+        )
+    return answers
+
+
+def read_records(path: Path) -> dict[str, dict[str, Any]]:
+    """Records by key; a last line that a kill cut short does not count. Raises ValueError for another broken line."""
+    if not path.exists():
+        return {}
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    records: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            record = json.loads(line)
+            records[record["key"]] = record
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is not an answer: {line[:80]!r}; delete the line, generate again") from error
+    return records
+
+
+def _merge(folder: Path, task: str, order: Sequence[str]) -> None:
+    """Bring the records of all processes, of this run and of a killed one, into one file in the order of the requests."""
+    final, shards = folder / f"{task}.jsonl", sorted(folder.glob(f"{task}.rank*.jsonl"))
+    records = read_records(final)
+    for shard in shards:
+        records |= read_records(shard)
+    places = {key: number for number, key in enumerate(order)}
+    unknown = [key for key in records if key not in places]
+    if unknown:
+        raise ValueError(f"{folder} answers other {task} requests ({unknown[0]!r} is not asked now); give another output=")
+    lines = [json.dumps(records[key]) + "\n" for key in sorted(records, key=places.__getitem__)]
+    write_text(final, "".join(lines))
+    for shard in shards:
+        shard.unlink()
+
+
+def _append(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _answer_batch(
+    model: Any, processor: Any, batch: Sequence[Request], decoding: Decoding, seeds: Sequence[int]
+) -> list[tuple[list[Segment], bool]]:
+    """Segments of each answer, and whether it ended by itself."""
+    turns = [[Turn("user", request.read())] for request in batch]
     device = model.device
     inputs = processor(turns=turns).to(device)
     weights = (decoding.guidance, decoding.text_guidance, decoding.image_guidance or 1.0)
@@ -133,45 +234,27 @@ def _answer_batch(model: Any, processor: Any, batch: Sequence[Request], decoding
         generator=[torch.Generator(device).manual_seed(seed) for seed in seeds],
     )
     ended = [processor.separator_token_id in row.tolist() for row in output.sequences]
-    said = processor.decode_segments(output)
-    return [
-        Answer(request.key, tuple(segments), has_ended) for request, segments, has_ended in zip(batch, said, ended, strict=True)
-    ]
+    return list(zip(processor.decode_segments(output), ended, strict=True))
 
 
-def read_records(path: Path) -> dict[str, dict[str, Any]]:
-    """Records by key; a last line that a kill cut short is dropped from the file."""
-    if not path.exists():
-        return {}
-    whole, _, rest = path.read_text(encoding="utf-8").rpartition("\n")
-    if rest:
-        path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-    records = [json.loads(line) for line in whole.splitlines()]
-    return {record["key"]: record for record in records}
-
-
-def _record(answer: Answer, folder: Path, name: str) -> dict[str, Any]:
-    segments: list[Mapping[str, str]] = []
-    for number, segment in enumerate(answer.segments):
+def _record(key: str, segments: Sequence[Segment], has_ended: bool, folder: Path, place: Place) -> dict[str, Any]:
+    """One line of the answers' file; pictures are written before it."""
+    stored: list[Mapping[str, str]] = []
+    for number, segment in enumerate(segments):
         if isinstance(segment, str):
-            segments.append({"text": segment})
+            stored.append({"text": segment})
             continue
-        file_name = f"images/{name}-{number}.png"
-        target = folder / file_name
-        target.parent.mkdir(exist_ok=True)
-        temporary = target.with_suffix(".tmp")
-        segment.save(temporary, format="PNG")
-        os.replace(temporary, target)
-        segments.append({"image": file_name})
-    return {"key": answer.key, "segments": segments, "has_ended": answer.has_ended}
+        buffer = io.BytesIO()
+        segment.save(buffer, format="PNG")
+        name = place(key, number)
+        write_bytes(folder / name, buffer.getvalue())
+        stored.append({"image": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+    return {"key": key, "segments": stored, "has_ended": has_ended}
 
 
-def _restore(record: Mapping[str, Any], folder: Path) -> Answer:
-    segments: list[Segment] = []
-    for segment in record["segments"]:
-        if "text" in segment:
-            segments.append(segment["text"])
-        else:
-            with Image.open(folder / segment["image"]) as picture:
-                segments.append(picture.convert("RGB"))
-    return Answer(record["key"], tuple(segments), record["has_ended"])
+def _read_answers(folder: Path, task: str) -> dict[str, Answer]:
+    answers = {}
+    for key, record in read_records(folder / f"{task}.jsonl").items():
+        parts = [s["text"] if "text" in s else StoredPicture(folder / s["image"], s["sha256"]) for s in record["segments"]]
+        answers[key] = Answer(key, tuple(parts), record["has_ended"])
+    return answers

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.random import Generator
 from PIL import Image
 
-from eval.geneval import Detection as Judged
+from eval.geneval.verdict import Detection as Judged
 from eval.grader import as_judged, detect
-from eval.mme import Record, score_subtask
+from eval.mme.grading import Record, score_subtask
 from eval.profile_grader import detect_by_profile
 from eval.small_tasks import judge_caption, judge_content, judge_edit, oracle, pixels
 from orthus.data.world.benchmark import GENEVAL_COUNTS, EditItem, MmeItem, StoryItem, ground_truth_scene

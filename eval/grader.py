@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from eval.geneval import Detection as Judged
+from eval.geneval.verdict import Detection as Judged
 from eval.templates import Fit, fit
 from orthus.data.world.scene import COLORS, SHAPES
 

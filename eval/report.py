@@ -8,17 +8,15 @@
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from PIL import Image
-
+from eval.answers import read_records
+from eval.geneval.report import samples_of
+from eval.page import Sample, Table, first_of_each, page
 from eval.sampling_tables import solver_section, speed_section
 from eval.statistics import interval_text
 
@@ -39,20 +37,6 @@ MAIN_NUMBERS = (
     ("editing", "overall", "edits"),
     ("interleaved", "overall", "story pictures"),
 )
-THUMBNAIL = 128
-STYLE = """
-body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1100px;color:#222}
-table{border-collapse:collapse;margin:.6em 0 1.6em}td,th{border:1px solid #ccc;padding:3px 9px;text-align:right}
-td:first-child,th:first-child{text-align:left}.grid{display:flex;flex-wrap:wrap;gap:10px}
-.item{width:150px;border:2px solid #c33;border-radius:6px;padding:6px;font-size:12px}.item.right{border-color:#2a2}
-.item img{image-rendering:pixelated;width:128px;height:128px;border:1px solid #ddd}.reason{color:#a00;white-space:pre-line}
-"""
-SCRIPT = """
-function show(){const t=document.getElementById('task').value,v=document.getElementById('verdict').value;let n=0;
-for(const e of document.querySelectorAll('.item')){const on=(t==='all'||e.dataset.task===t)&&(v==='all'||e.dataset.verdict===v);
-e.style.display=on?'':'none';n+=on}document.getElementById('count').textContent=n+' shown'}
-for(const id of ['task','verdict'])document.getElementById(id).addEventListener('change',show);show();
-"""
 
 
 def rows_of(section: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
@@ -131,75 +115,29 @@ def markdown(
     return "\n".join(lines)
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture enlarged without smoothing to about 128 px, as a PNG data URI."""
-    factor = max(1, round(THUMBNAIL / image.width))
-    crisp = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    crisp.convert("RGB").quantize(64).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+def run_page(results: Mapping[str, Any], run: Path, per_kind: int = 12) -> str:
+    """One self-contained page of a run of `eval.small_world`: tables, and the first samples of each task and verdict."""
+    tables = [Table(title, [["", "value", "n", "floors"], *rows]) for title, rows in _tables(results)]
+    samples = samples_of(run / "geneval") if (run / "geneval").is_dir() else []
+    samples += [sample for task in ("edit", "story") for sample in _samples(run, task)]
+    return page("Small-world report", str(results.get("command", "")), tables, [], first_of_each(samples, per_kind))
 
 
-def page(results: Mapping[str, Any], run: Path, per_task: int = 24) -> str:
-    """One self-contained page: tables, and up to `per_task` samples of each task with prompt, verdict and reason."""
-    tables = "".join(
-        f"<h2>{html.escape(title)}</h2><table><tr><th></th><th>value</th><th>n</th><th>floors</th></tr>"
-        + "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        + "</table>"
-        for title, rows in _tables(results)
-    )
-    items = [item for task in ("geneval", "edit", "story") for item in _items(run, task, per_task)]
-    tasks = sorted({task for task, _ in items})
-    options = "".join(f"<option>{html.escape(task)}</option>" for task in ("all", *tasks))
-    controls = (
-        f"<p>task <select id=task>{options}</select> verdict <select id=verdict><option>all</option>"
-        "<option>right</option><option>wrong</option></select> <span id=count></span></p>"
-    )
-    grid = "".join(block for _, block in items)
-    return (
-        "<!doctype html><html lang=en><meta charset=utf-8><title>Small-world report</title>"
-        f"<style>{STYLE}</style><h1>Small-world report</h1><p>{html.escape(str(results.get('command', '')))}</p>"
-        f"{tables}<h2>Samples</h2>{controls}<div class=grid>{grid}</div><script>{SCRIPT}</script></html>\n"
-    )
-
-
-def _items(run: Path, task: str, per_task: int) -> list[tuple[str, str]]:
-    """(task name, HTML) of the first samples of each kind."""
+def _samples(run: Path, task: str) -> list[Sample]:
+    """Graded answers of a task."""
     grades = run / f"grades-{task}.jsonl"
     if not grades.exists():
         return []
-    records = [json.loads(line) for line in grades.read_text(encoding="utf-8").splitlines()]
-    answers = {r["key"]: r for r in map(json.loads, (run / f"{task}.jsonl").read_text(encoding="utf-8").splitlines())}
-    shown: dict[str, int] = {}
-    blocks = []
-    for record in records:
-        name = f"{task}: {record['tag']}" if task != "geneval" else record["tag"]
-        shown[name] = shown.get(name, 0) + 1
-        if shown[name] <= per_task:
-            blocks.append((name, _block(name, record, answers[record["key"]], run)))
-    return blocks
-
-
-def _block(name: str, record: Mapping[str, Any], answer: Mapping[str, Any], run: Path) -> str:
-    is_right = bool(record.get("correct", record.get("all_right")))
-    parts = []
-    for segment in answer["segments"]:
-        if "text" in segment:
-            parts.append(f"<div>{html.escape(segment['text'])}</div>")
-        else:
-            with Image.open(run / segment["image"]) as image:
-                parts.append(f'<img alt="{html.escape(record["prompt"])}" src="{data_uri(image)}">')
-    verdict = "right" if is_right else "wrong"
-    return (
-        f'<div class="item {verdict}" data-task="{html.escape(name)}" data-verdict="{verdict}">'
-        f"<div><b>{html.escape(record['prompt'])}</b></div>{''.join(parts)}"
-        f'<div class="reason">{html.escape(_reason(record))}</div></div>'
-    )
+    answers = read_records(run / f"{task}.jsonl")
+    samples = []
+    for record in map(json.loads, grades.read_text(encoding="utf-8").splitlines()):
+        parts = [part.get("text") or run / part["image"] for part in answers[record["key"]]["segments"]]
+        verdict = "right" if record.get("correct", record.get("all_right")) else "wrong"
+        samples.append(Sample(f"{task}: {record['tag']}", record["prompt"], verdict, tuple(parts), _reason(record)))
+    return samples
 
 
 def _reason(record: Mapping[str, Any]) -> str:
-    if "reason" in record:
-        return str(record["reason"])
     if "pictures" in record:
         return f"pictures right: {sum(record['pictures'])} of {len(record['pictures'])}; form {record['form']}"
     return "" if record["correct"] else f"changed: {record['changed']}, kept: {record['kept']}"
@@ -233,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run = Path(options.run)
         results_file = run / "results.json"
         result = json.loads(results_file.read_text(encoding="utf-8")) if results_file.exists() else {}
-        Path(options.html).write_text(page(result, run), encoding="utf-8")
+        Path(options.html).write_text(run_page(result, run), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,74 +10,66 @@ from typing import Any
 
 from eval import floors
 from eval.answers import Answer
-from eval.geneval import TAGS, Protocol, summarise
-from eval.mme import Record, grade, image_scores, score_subtask
-from eval.profile_grader import detect_by_profile
-from eval.small_tasks import grade_geneval, judge_edit, judge_story
+from eval.geneval.folders import read_folder
+from eval.geneval.grading import RESULTS, grade_folder, read_detections
+from eval.geneval.records import read_results
+from eval.geneval.summary import intervals
+from eval.geneval.world import second_grader, world_grader
+from eval.grader import UNKNOWN
+from eval.mme.grading import grade_pairs, image_scores, score_pairs
+from eval.mme.report import read_run
+from eval.small_tasks import judge_edit, judge_story
 from eval.statistics import Task, bootstrap
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem
-from orthus.data.world.language import final_answer
+
+SECOND = "second"
 
 
-def report_geneval(
-    items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], folder: Path, task: str = "geneval"
-) -> dict[str, Any]:
-    """Score per task and overall with intervals over prompts; grades go to `grades-<task>.jsonl`."""
-    records = grade_geneval(items, answers, detect_by_profile, task)
-    write_lines(folder / f"grades-{task}.jsonl", records)
-    tasks = {
-        tag: Task(
-            [float(r["correct"]) for r in records if r["tag"] == tag],
-            [r["prompt"] for r in records if r["tag"] == tag],
-        )
-        for tag in TAGS
-    }
-    num_prompts = {tag: len(set(task.clusters or ())) for tag, task in tasks.items()}
-    summarise(records, Protocol(num_prompts, 1), allow_partial=True)
-    result: dict[str, Any] = {"overall": bootstrap(tasks).as_dict()}
-    result |= {tag: {**bootstrap(task).as_dict(), "num_prompts": num_prompts[tag]} for tag, task in tasks.items()}
-    result["second_grader_disagreement"] = _mean([r["correct"] != r["second_correct"] for r in records])
-    result["pictures_with_unknown_objects"] = _mean([r["num_unknown"] > 0 for r in records])
+def grade_captions(folder: Path) -> None:
+    """Grade a folder of `eval.geneval` with the small world's grader, and into `folder/second` with the second one. Every
+    process takes its share."""
+    pictures = read_folder(folder)
+    grade_folder(pictures, world_grader(), folder)
+    grade_folder(pictures, second_grader(), folder / SECOND)
+
+
+def report_geneval(folder: Path) -> dict[str, Any]:
+    """Score per task and overall of a graded folder, with intervals over prompts."""
+    results, second = read_results(folder / RESULTS), read_results(folder / SECOND / RESULTS)
+    found = intervals(results)
+    prompts = {tag: len({r["metadata"] for r in results if r["tag"] == tag}) for tag in found}
+    result: dict[str, Any] = {"overall": found.pop("overall").as_dict()}
+    result |= {tag: {**interval.as_dict(), "num_prompts": prompts[tag]} for tag, interval in found.items()}
+    result["second_grader_disagreement"] = _mean([a["correct"] != b["correct"] for a, b in zip(results, second, strict=True)])
+    result["pictures_with_unknown_objects"] = _mean([UNKNOWN in d["detections"] for d in read_detections(folder).values()])
     return result
 
 
-def report_mme(items: Sequence[MmeItem], answers: Mapping[str, Answer], parser: str) -> dict[str, Any]:
-    """Accuracy, acc+ and MME score per subtask and overall; intervals over twins of pictures."""
-    by_subtask: dict[str, list[MmeItem]] = {}
-    for item in items:
-        by_subtask.setdefault(item.subtask, []).append(item)
+def report_mme(items: Sequence[MmeItem], folder: Path, parser: str) -> dict[str, Any]:
+    """Accuracy, acc+ and MME score per subtask and overall of a run of `eval.mme`; intervals over twins of pictures."""
+    held_out = {f"{item.image_id}.png": item.held_out for item in items}
     acc, plus, score, result = {}, {}, {}, {}
-    for subtask, group in by_subtask.items():
-        records = mme_records(group, answers)
-        graded = grade(records, parser)
-        twins = [image_id[:-1] for image_id in graded]
-        acc[subtask] = Task([sum(pair) / 2 for pair in graded.values()], twins)
-        plus[subtask] = Task([float(all(pair)) for pair in graded.values()], twins)
+    for subtask, pairs in read_run(folder)[1].pairs.items():
+        graded = grade_pairs(pairs, parser)
+        names = [first.image_id for first, _ in pairs]
+        twins = [Path(name).stem[:-1] for name in names]
+        acc[subtask] = Task([sum(pair) / 2 for pair in graded], twins)
+        plus[subtask] = Task([float(all(pair)) for pair in graded], twins)
         score[subtask] = Task(image_scores(graded), twins)
-        whole = score_subtask(records, parser)
-        seen = {
-            f"{name}_accuracy": _mean([right for i in group if i.held_out == flag for right in graded[i.image_id]])
-            for name, flag in (("held_out", True), ("seen", False))
-        }
+        sides: dict[bool, list[bool]] = {True: [], False: []}
+        for name, pair in zip(names, graded, strict=True):
+            sides[held_out[f"{subtask}/{name}"]] += pair
         result[subtask] = {
             **bootstrap(acc[subtask]).as_dict(),
             "acc_plus": bootstrap(plus[subtask]).as_dict(),
             "score": bootstrap(score[subtask]).as_dict(),
-            "other_rate": whole.other_rate,
-            **seen,
+            "other_rate": score_pairs(pairs, parser).other_rate,
+            "held_out_accuracy": _mean(sides[True]),
+            "seen_accuracy": _mean(sides[False]),
         }
     total = bootstrap(score).scaled(len(score)).as_dict()
     overall = {"overall": bootstrap(acc).as_dict(), "acc_plus": bootstrap(plus).as_dict(), "score": total}
     return {**overall, **result, "parser": parser}
-
-
-def mme_records(items: Sequence[MmeItem], answers: Mapping[str, Answer]) -> list[Record]:
-    """What is graded: the answer, without the description that the model may give before it."""
-    return [
-        Record(item.image_id, question, truth, final_answer(answers[f"{item.image_id}/{number}"].text))
-        for item in items
-        for number, (question, truth) in enumerate(item.questions)
-    ]
 
 
 def report_edits(items: Sequence[EditItem], answers: Mapping[str, Answer], folder: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,10 @@ import numpy.typing as npt
 from PIL import Image
 
 from eval.answers import Answer, Request
-from eval.geneval import Detection as Judged
-from eval.geneval import Options, Verdict, detected_colors, verdict
+from eval.geneval.verdict import Detection as Judged
+from eval.geneval.verdict import Options, Verdict, detected_colors, verdict
 from eval.grader import Detection, as_judged, detect
-from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem
+from orthus.data.world.benchmark import EditItem, StoryItem
 from orthus.data.world.captions import DESCRIBE
 from orthus.data.world.render import picture
 from orthus.data.world.scene import Scene, SceneObject, cell_of, relations
@@ -44,48 +43,9 @@ def judge_caption(detections: Sequence[Judged], item: Mapping[str, Any]) -> Verd
     return verdict(detections, detected_colors, item, None, OPTIONS)
 
 
-def geneval_requests(items: Sequence[Mapping[str, Any]]) -> list[Request]:
-    return [Request(f"{number:05d}", (item["prompt"],)) for number, item in enumerate(items)]
-
-
-def grade_geneval(
-    items: Sequence[Mapping[str, Any]], answers: Mapping[str, Answer], second: Detector, task: str = "geneval"
-) -> list[dict[str, Any]]:
-    """One record per picture in GenEval's results form, with the second grader's verdict beside ours."""
-    records = []
-    for number, item in enumerate(items):
-        key = f"{number:05d}"
-        pictures = answers[key].pictures
-        found = detect(pixels(pictures[0])) if pictures else []
-        judged = judge_caption(as_judged(found), item)
-        other = judge_caption(as_judged(second(pixels(pictures[0]))) if pictures else [], item)
-        records.append(
-            {
-                "key": key,
-                "filename": f"images/{task}-{key}-{answers[key].picture_number}.png",
-                "tag": item["tag"],
-                "prompt": item["prompt"],
-                "correct": judged.correct,
-                "reason": judged.reason,
-                "metadata": json.dumps(item),
-                "details": json.dumps(judged.details),
-                "second_correct": other.correct,
-                "num_unknown": sum(not detection.is_known for detection in found),
-            }
-        )
-    return records
-
-
-def mme_requests(items: Sequence[MmeItem], blank: bool = False) -> list[Request]:
-    """Two prompts per picture; `blank` shows an empty background instead, for the text-only baseline."""
-    return [
-        Request(
-            f"{item.image_id}/{number}",
-            (picture(Scene((), item.scene.background, item.scene.image_size) if blank else item.scene), question),
-        )
-        for item in items
-        for number, (question, _) in enumerate(item.questions)
-    ]
+def shows(item: Mapping[str, Any], picture: Image.Image) -> bool:
+    """Whether a picture shows what an item in GenEval's form asks for, to the small world's grader."""
+    return judge_caption(as_judged(detect(pixels(picture))), item).correct
 
 
 def describe_requests(scenes: Sequence[Scene]) -> list[Request]:

@@ -6,42 +6,38 @@ writes answers and grades under `output`, and `results.json` there and beside th
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, TypeVar
 
-import torch
 from PIL import Image
 
 from eval import floors
 from eval.answers import Answer, Decoding, Request, ask
+from eval.geneval import generate as geneval
+from eval.loading import ModelSettings, load
+from eval.mme import generate as mme
+from eval.mme.items import in_mme_form
+from eval.provenance import check_manifest, from_command_line, provenance
 from eval.small_reports import (
-    mme_records,
+    grade_captions,
     report_descriptions,
     report_edits,
     report_geneval,
     report_mme,
     report_stories,
-    write_lines,
 )
-from eval.small_tasks import describe_requests, edit_requests, geneval_requests, mme_requests, story_requests
-from orthus.adapters import quantization
+from eval.small_tasks import describe_requests, edit_requests, story_requests
+from eval.whole_files import write_json
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem, edit_items, small_geneval_items, small_mme_items
 from orthus.data.world.benchmark import story_items as make_story_items
 from orthus.data.world.dataset import WorldDataset
+from orthus.data.world.language import ANSWER_MARK
 from orthus.data.world.scene import Scene, WorldConfig
-from orthus.data.world.splits import fingerprint
 from orthus.sampling import Sampling
-from orthus.training.settings import differences, load_settings, to_dict
+from orthus.training.distributed import barrier, joined, rank
 
 ANSWER_TOKENS = 128
 STORY_TOKENS = 256
@@ -162,13 +158,43 @@ def decodings(settings: Settings) -> dict[str, Decoding]:
     }
 
 
+def captions_run(settings: Settings, task: str) -> geneval.Settings:
+    """The run of `eval.geneval` behind `geneval` or `geneval_direct`."""
+    how, folder = decodings(settings)[task], f"{settings.output}/{task}"
+    options: dict[str, Any] = {"seed": settings.seed, "batch_size": settings.batch_size, "loading": loading(settings)}
+    return geneval.Settings(settings.model, folder, "small", 1, settings.num_per_task, settings.held_out, decoding=how, **options)
+
+
+def questions_run(settings: Settings, task: str) -> mme.Settings:
+    """The run of `eval.mme` behind `mme` or `mme_blank`."""
+    same: dict[str, Any] = {"seed": settings.seed, "batch_size": settings.batch_size, "loading": loading(settings)}
+    same |= {"decoding": decodings(settings)[task], "answer_after": ANSWER_MARK.strip(), "parser": settings.mme_parser}
+    folder, num_images = f"{settings.output}/{task}", settings.num_per_task // 2
+    return mme.Settings(settings.model, folder, num_images=num_images, blank=task == "mme_blank", **same)
+
+
+def loading(settings: Settings) -> ModelSettings:
+    return ModelSettings(settings.device, quantize=settings.quantize)
+
+
+def draw_captions(model: Any, processor: Any, items: Sequence[dict[str, Any]], settings: Settings, task: str) -> None:
+    """Pictures of `geneval` or `geneval_direct`, and their grades."""
+    run = captions_run(settings, task)
+    name, _ = geneval.prompt_set(run.prompts, run.num_per_task, run.held_out)
+    geneval.draw(model, processor, name, items, run, task)
+    grade_captions(Path(run.output))
+    barrier()
+
+
 def generate(model: Any, processor: Any, items: Items, settings: Settings) -> dict[str, dict[str, Answer]]:
-    """Ask everything of `settings.tasks` that is not answered yet; {} for the other tasks."""
+    """Ask everything of `settings.tasks` that is not answered yet; the answers of tasks that `eval` has no other command for."""
+    for task in ("geneval", "geneval_direct"):
+        if task in settings.tasks:
+            draw_captions(model, processor, items.geneval, settings, task)
+    for task in ("mme", "mme_blank"):
+        if "mme" in settings.tasks:
+            mme.answer(model, processor, in_mme_form(items.mme), questions_run(settings, task), task)
     requests: dict[str, list[Request]] = {
-        "geneval": geneval_requests(items.geneval),
-        "geneval_direct": geneval_requests(items.geneval),
-        "mme": mme_requests(items.mme),
-        "mme_blank": mme_requests(items.mme, blank=True),
         "describe": describe_requests([scene for scene, _ in items.descriptions]),
         "edit": edit_requests(items.edits),
         "story": story_requests(items.stories),
@@ -177,7 +203,7 @@ def generate(model: Any, processor: Any, items: Items, settings: Settings) -> di
     return {
         task: ask(model, processor, task, asked, how[task], folder, settings.seed, settings.batch_size)
         for task, asked in requests.items()
-        if task.removesuffix("_blank") in settings.tasks
+        if task in settings.tasks
     }
 
 
@@ -196,7 +222,7 @@ def round_trip(model: Any, processor: Any, batch_size: int = 64) -> floors.Round
 
 
 def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
-    """All stages; answers that exist are not generated again."""
+    """All stages; answers that exist are not generated again. Every process calls this; the first one gets the result."""
     folder, seconds = Path(settings.output), {}
 
     def timed(name: str, stage: Callable[[], Any]) -> Any:
@@ -207,13 +233,12 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
 
     items = make_items(settings)
     answers = timed("generate", lambda: generate(model, processor, items, settings))
+    if rank() > 0:
+        return {}
     reports: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
-        "geneval": ("small_geneval", lambda: report_geneval(items.geneval, answers["geneval"], folder)),
-        "geneval_direct": (
-            "small_geneval_direct",
-            lambda: report_geneval(items.geneval, answers["geneval_direct"], folder, "geneval_direct"),
-        ),
-        "mme": ("small_mme", lambda: report_mme(items.mme, answers["mme"], settings.mme_parser)),
+        "geneval": ("small_geneval", lambda: report_geneval(folder / "geneval")),
+        "geneval_direct": ("small_geneval_direct", lambda: report_geneval(folder / "geneval_direct")),
+        "mme": ("small_mme", lambda: report_mme(items.mme, folder / "mme", settings.mme_parser)),
         "describe": ("describing", lambda: report_descriptions(items.descriptions, answers["describe"], folder)),
         "edit": ("editing", lambda: report_edits(items.edits, answers["edit"], folder)),
         "story": ("interleaved", lambda: report_stories(items.stories, answers["story"], folder)),
@@ -225,53 +250,12 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
     )
     result["floors"] = {"small_geneval": floors.geneval_floors(items.geneval, config=settings.world)}
     if "mme" in settings.tasks:
-        write_lines(folder / "grades-mme.jsonl", [asdict(record) for record in mme_records(items.mme, answers["mme"])])
-        blank = report_mme(items.mme, answers["mme_blank"], settings.mme_parser)
+        blank = report_mme(items.mme, folder / "mme_blank", settings.mme_parser)
         shown = [name for name, cell in blank.items() if "value" in cell]
         result["floors"]["small_mme"] = floors.mme_floors(items.mme, floors.majority_answers()) | {
             "model_with_blank_picture": {name: blank[name]["value"] for name in shown}
         }
     return {**result, "seconds": seconds, "decoding": {name: asdict(d) for name, d in decodings(settings).items()}}
-
-
-def provenance(settings: Any, module: str = "eval.small_world") -> dict[str, Any]:
-    """Where a result of `python -m module` comes from: command, commit, weights, held-out split, versions and hardware."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
-
-    return {
-        "command": f"python -m {module} " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
-        "seed": settings.seed,
-        "settings": to_dict(settings),
-        "weights_sha256": weights_hash(Path(settings.model)),
-        "held_out_fingerprint": fingerprint(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "numpy", "pillow")}
-        | {"python": platform.python_version()},
-        "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, device {settings.device}",
-    }
-
-
-def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a model folder, in name order."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def check_manifest(folder: Path, settings: Any, free: Sequence[str] = ("output", "device", "mme_parser")) -> None:
-    """Refuse to mix answers of other weights or settings in one folder; `free` may differ. Raises `ValueError` with what does."""
-    kept = {name: value for name, value in to_dict(settings).items() if name not in free}
-    manifest = {"settings": kept, "weights_sha256": weights_hash(Path(settings.model))}
-    path = folder / "manifest.json"
-    if path.exists():
-        changed = differences(json.loads(path.read_text(encoding="utf-8")), manifest)
-        if changed:
-            raise ValueError(f"{folder} holds answers of another run ({'; '.join(changed)}); give another output=")
-    write_json(path, manifest)
 
 
 def is_standard(settings: Settings) -> bool:
@@ -280,35 +264,17 @@ def is_standard(settings: Settings) -> bool:
     return replace(settings, **free) == replace(Settings(""), **free)
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def from_command_line(cls: Callable[..., T], argv: Sequence[str] | None, description: str | None) -> T | None:
-    """The settings of `key=value` arguments; None where help was asked for, which is printed then."""
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        print(f"{description}\n{cls.__doc__}\n" + "\n".join(f"  {k}: {v}" for k, v in to_dict(cls("")).items()))
-        return None
-    return load_settings(cast("type[T]", cls), os.devnull, arguments)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, evaluate it, write the results and print the main numbers."""
     settings = from_command_line(Settings, argv, __doc__)
     if settings is None:
         return
-    from orthus.modeling import OrthusForConditionalGeneration
-    from orthus.processing import OrthusProcessor
-
-    check_manifest(Path(settings.output), settings)
-    model = OrthusForConditionalGeneration.from_pretrained(settings.model, quantization_config=quantization(settings.quantize))
-    model = model.eval().to(torch.device(settings.device))
-    processor = OrthusProcessor.from_pretrained(settings.model)
-    result = {**evaluate(model, processor, settings), **provenance(settings)}
+    with joined(settings.device):
+        check_manifest(Path(settings.output), settings)
+        result = evaluate(*load(settings.model, loading(settings)), settings)
+    if not result:
+        return
+    result |= provenance(settings)
     write_json(Path(settings.output) / RESULTS, result)
     if is_standard(settings):
         write_json(Path(settings.model) / RESULTS, result)

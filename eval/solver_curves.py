@@ -21,9 +21,12 @@ from tqdm import tqdm
 
 from eval import small_world
 from eval.answers import read_records
+from eval.geneval.records import read_results
+from eval.provenance import check_manifest, from_command_line, provenance
 from eval.small_reports import report_geneval
 from eval.solver_figures import write_figure
 from eval.statistics import Task, paired_bootstrap
+from eval.whole_files import write_json
 from orthus.data.schema import Turn
 from orthus.data.world.benchmark import small_geneval_items
 from orthus.data.world.dataset import WorldDataset
@@ -225,15 +228,14 @@ def score(model: Any, processor: Any, settings: Settings, name: str, options: di
     """SmallGenEval of one sampler."""
     task = settings.score_task
     run = scored(settings, {key: value for key, value in options.items() if key != "group"}, name)
-    items = small_world.Items(small_geneval_items(run.num_per_task, run.held_out), [], [], [], [])
     start = time.monotonic()
-    answers = small_world.generate(model, processor, items, run)[task]
+    small_world.draw_captions(model, processor, small_geneval_items(run.num_per_task, run.held_out), run, task)
     seconds = time.monotonic() - start
-    report = report_geneval(items.geneval, answers, Path(run.output), task)
+    report = report_geneval(Path(run.output) / task)
     sampler = LatentSampler(model.diffusion_head, Sampling(**small_world.sampler_options(run)))
     num_latents = model.config.num_latents
     mean = sum(sampler.num_steps_at(place, num_latents) for place in range(num_latents)) / num_latents
-    grades = [json.loads(line) for line in (Path(run.output) / f"grades-{task}.jsonl").read_text().splitlines()]
+    grades = read_results(Path(run.output) / task / "results.jsonl")
     right = {tag: "".join("01"[grade["correct"]] for grade in grades if grade["tag"] == tag) for tag in _tags(grades)}
     same = {"guidance": run.guidance, **options, "mean_evaluations": mean}
     return {**same, "score": report["overall"], "seconds": round(seconds, 1), "right": right}
@@ -308,19 +310,19 @@ def report(settings: Settings, errors: Sequence[Point], scores: Sequence[Point])
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the model, measure what is missing, write and print."""
-    settings = small_world.from_command_line(Settings, argv, __doc__)
+    settings = from_command_line(Settings, argv, __doc__)
     if settings is None:
         return
     folder = Path(settings.output)
-    small_world.check_manifest(folder, settings, FREE)
+    check_manifest(folder, settings, FREE)
     model = OrthusForConditionalGeneration.from_pretrained(settings.model).eval().to(torch.device(settings.device))
     processor = OrthusProcessor.from_pretrained(settings.model)
     own = model.diffusion_head.resolve(Sampling())
     errors = measure_errors(model, processor, settings) if "error" in settings.parts else []
     scores = measure_scores(model, processor, settings, errors) if "score" in settings.parts else []
     result = {**report(settings, errors, scores), "own": to_dict(own), "objective": model.diffusion_head.config.objective}
-    result |= {"error": errors, "score": scores, **small_world.provenance(settings, "eval.solver_curves")}
-    small_world.write_json(folder / small_world.RESULTS, result)
+    result |= {"error": errors, "score": scores, **provenance(settings, "eval.solver_curves")}
+    write_json(folder / small_world.RESULTS, result)
     write_figure(folder / "curves.png", errors, scores, settings.guidance, f"{result['objective']} ({settings.model})")
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.small_world import weights_hash, write_json
+from eval.provenance import weights_hash
 from eval.speed_clock import PARTS
 from eval.speed_costs import bandwidth, floor_seconds, matrix_rate, sizes
 from eval.speed_measure import DROPPED, Ceilings, Run, image_difference, measure
 from eval.speed_presets import SEED, Preset, check_positions, find_preset, preset_config, random_model
+from eval.whole_files import write_json
 from orthus.diffusion import SOLVERS
 from orthus.modeling import OrthusForConditionalGeneration
 

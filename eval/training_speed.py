@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.small_world import from_command_line, provenance, write_json
+from eval.provenance import from_command_line, provenance
+from eval.whole_files import write_json
 from orthus.configuration import IGNORE_INDEX
 from orthus.data.packing import PackedLoader
 from orthus.data.world.dataset import DEFAULT_TASKS, WorldDataset

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from eval.geneval import generate as geneval
+from eval.mme import generate as mme
 from orthus.configuration import OrthusConfig
 from orthus.training.settings import load_settings
 from train.autoencoder import AutoencoderStage
@@ -27,7 +29,8 @@ STAGES: dict[str, type] = {  # those that are not `PostStage`
     "small/language.yaml": BaseStage,
     "scratch/1b.yaml": BaseStage,
 }
-FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+EVALUATIONS: dict[str, Any] = {"geneval": geneval, "small_geneval": geneval, "mme": mme, "small_mme": mme}
+FILES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.parent.name != "eval")
 PUBLISHED_STAGES = ("base", "instruct", "editing", "storybook")
 
 
@@ -48,6 +51,15 @@ def test_every_file_loads_into_its_stage(name: str) -> None:
     assert not Path(getattr(stage, "model", "") if isinstance(getattr(stage, "model", ""), str) else "").is_absolute()
     for source in getattr(getattr(stage, "data", stage), "sources", ()):
         assert source.path.startswith("data/") and (source.images or "data/").startswith("data/"), source
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "eval").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_evaluation_loads_into_its_settings(path: Path) -> None:
+    settings_type = EVALUATIONS[path.stem].Settings
+    found = load_settings(settings_type, path, ["model=m", "output=o"])
+    assert (found.model, found.output) == ("m", "o")
+    with pytest.raises(ValueError, match="missing key 'model', 'output'"):
+        load_settings(settings_type, path)
 
 
 def test_the_table_names_files_that_exist() -> None:
@@ -184,8 +196,8 @@ def test_ssh_reaches_every_host_and_passes_sigterm_on(tmp_path: Path, behaviour:
     calls = sorted((tmp_path / "calls").read_text().splitlines())
     assert len(calls) == 2
     for rank, call in enumerate(calls):
-        assert call.endswith(f"--nnodes 2 --node-rank {rank} --nproc-per-node 2 --master-addr one --master-port 29500 "
-                             "-m train.posttrain a b.yaml data.sources=[{kind: text}]")  # fmt: skip
+        assert call.endswith(f"--nnodes 2 --node-rank {rank} --nproc-per-node 2 --max-restarts 3 --master-addr one "
+                             "--master-port 29500 -m train.posttrain a b.yaml data.sources=[{kind: text}]")  # fmt: skip
     assert not list((tmp_path / "runs").iterdir())
     if behaviour == "wait":
         assert (tmp_path / "saved").read_text() == "saved\nsaved\n"

@@ -6,18 +6,8 @@ import random
 
 import pytest
 
-from eval.geneval import (
-    OFFICIAL,
-    TAGS,
-    Detection,
-    Options,
-    Protocol,
-    detected_colors,
-    filter_detections,
-    relative_position,
-    summarise,
-    verdict,
-)
+from eval.geneval.summary import OFFICIAL, Protocol, summarise
+from eval.geneval.verdict import TAGS, Detection, Options, detected_colors, filter_detections, relative_position, verdict
 
 
 def square(x, y, side=10.0):

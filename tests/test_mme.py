@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from eval.mme import (
+from eval.mme.grading import (
     PARSERS,
     Record,
     grade,
@@ -33,6 +33,16 @@ from eval.mme import (
         ("y", "other", "yes", "other"),
         ("Yes or no", "yes", "yes", "other"),
         ("", "other", "other", "other"),
+        (". yes", "other", "yes", "yes"),
+        ("*yes*", "yes", "yes", "other"),  # VLMEvalKit does not know the mark
+        ("yes/no", "yes", "yes", "other"),
+        ("yes-no, I", "yes", "yes", "other"),
+        ("no-one, I think", "no", "no", "no"),
+        ("no- one-I think", "no", "no", "no"),  # a mark beside a space is removed everywhere ...
+        ("(yes)it 1,000", "yes", "yes", "other"),  # ... and so are all with a number
+        ("no" + " ." * 33, "no", "no", "no"),
+        ("." * 33 + "no", "other", "no", "other"),  # only 32 full stops go
+        ("." * 32 + "no", "other", "no", "no"),
     ],
 )
 def test_parsers_on_odd_answers(answer, official, lmms, strict):
@@ -67,7 +77,7 @@ def test_pairing_is_by_image_not_by_line():
 
 def test_image_scores_average_to_the_subtask_score():
     data = records(["yes", "no", "yes", "yes", "maybe", "no"], 9)
-    scores = image_scores(grade(data))
+    scores = image_scores(grade(data).values())
     assert sum(scores) / len(scores) == pytest.approx(score_subtask(data).score)
 
 

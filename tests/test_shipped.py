@@ -58,7 +58,7 @@ def test_sample_refuses_a_missing_or_broken_picture(tmp_path: Path) -> None:
 
 @needs_checkpoint
 def test_shipped_scores_belong_to_the_shipped_weights() -> None:
-    from eval.small_world import weights_hash
+    from eval.provenance import weights_hash
 
     results = json.loads((CHECKPOINT / "results.json").read_text())
     assert results["weights_sha256"] == weights_hash(CHECKPOINT)

@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from eval import floors, report, small_world
-from eval.answers import Decoding, Request, ask, item_seed, read_records
+from eval.mme.generate import Settings as MmeSettings
+from eval.mme.generate import requests_of
+from eval.mme.items import in_mme_form
+from eval.provenance import check_manifest, provenance
+from eval.whole_files import write_json
 from orthus.data.world.benchmark import ground_truth_scene
 from orthus.data.world.render import picture
 
@@ -65,8 +69,9 @@ class Oracle:
 def right_answers(items):
     rng = np.random.default_rng(0)
     table = {(item["prompt"],): [picture(ground_truth_scene(item, rng))] for item in items.geneval}
-    for request, truth in zip(small_world.mme_requests(items.mme), [t for i in items.mme for _, t in i.questions], strict=True):
-        table[key_of(request.segments)] = [f"nothing that is graded: yes, no. Answer: {truth}"]
+    questions = in_mme_form(items.mme)
+    for request, item in zip(requests_of(questions, MmeSettings("", "")), questions, strict=True):
+        table[key_of(request.read())] = [f"nothing that is graded: yes, no. Answer: {item.truth}"]
     for request, (_, truth) in zip(
         small_world.describe_requests([scene for scene, _ in items.descriptions]), items.descriptions, strict=True
     ):
@@ -97,14 +102,14 @@ def test_a_model_that_knows_everything_scores_one(settings, tmp_path):
     assert result["small_mme"]["score"]["value"] == 800.0 and result["interleaved"]["well_formed"]["value"] == 1.0
     assert result["editing"]["do_nothing"]["value"] == 0.0
     assert all(row["agreement"] == 1.0 for row in result["grader"].values())
-    result |= small_world.provenance(settings)
-    small_world.write_json(tmp_path / "run" / "results.json", result)
+    result |= provenance(settings)
+    write_json(tmp_path / "run" / "results.json", result)
     report.main(["--run", str(tmp_path / "run"), "--html", str(tmp_path / "report.html")])
     page = (tmp_path / "report.html").read_text()
     assert "http" not in page and "data:image/png;base64," in page and "Small GenEval" in page
     report.main(["--results", str(tmp_path / "run" / "results.json"), "--markdown", str(tmp_path / "RESULTS.md")])
     assert "| overall | 1.000 [1.000, 1.000] | 24 |" in (tmp_path / "RESULTS.md").read_text()
-    small_world.write_json(tmp_path / "argmin.json", {"small_mme": result["small_mme"], "command": "c"})
+    write_json(tmp_path / "argmin.json", {"small_mme": result["small_mme"], "command": "c"})
     results = ["--results", str(tmp_path / "run" / "results.json"), "--beside", str(tmp_path / "argmin.json")]
     report.main([*results, "--markdown", str(tmp_path / "RESULTS.md")])
     written = (tmp_path / "RESULTS.md").read_text()
@@ -115,44 +120,30 @@ def test_some_tasks_on_their_own(settings):
     chosen = replace(settings, tasks=("mme", "describe"))
     result = small_world.evaluate(Oracle(right_answers(small_world.make_items(chosen))), FakeProcessor(), chosen)
     assert result["describing"]["overall"]["value"] == result["small_mme"]["overall"]["value"] == 1.0
-    assert "small_geneval" not in result and not (small_world.Path(chosen.output) / "geneval.jsonl").exists()
+    assert "small_geneval" not in result and not (small_world.Path(chosen.output) / "geneval").exists()
     with pytest.raises(ValueError, match="task 'mmee' is unknown"):
         replace(settings, tasks=("mmee",))
 
 
 def test_a_silent_model_scores_zero(settings):
     items = small_world.make_items(settings)
+    with pytest.raises(ValueError, match=r"24 answers hold no picture \(the first: 00000/00000\)"):
+        small_world.generate(Oracle({}), FakeProcessor(), items, settings)
+    settings = replace(settings, tasks=("mme", "describe", "edit", "story"))
     answers = small_world.generate(Oracle({}), FakeProcessor(), items, settings)
     folder = small_world.Path(settings.output)
-    assert small_world.report_geneval(items.geneval, answers["geneval"], folder)["overall"]["value"] == 0.0
-    mme = small_world.report_mme(items.mme, answers["mme"], "official")
+    mme = small_world.report_mme(items.mme, folder / "mme", "official")
     assert mme["overall"]["value"] == 0.0 and mme["count"]["other_rate"] == 1.0
     assert small_world.report_descriptions(items.descriptions, answers["describe"], folder)["objects"]["value"] == 0.0
     assert small_world.report_edits(items.edits, answers["edit"], folder)["overall"]["value"] == 0.0
     assert small_world.report_stories(items.stories, answers["story"], folder)["well_formed"]["value"] == 0.0
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
-    requests = [Request(f"{n:02d}", (f"say {n}",)) for n in range(10)]
-    table = {(f"say {n}",): [str(n)] for n in range(10)}
-    broken, whole = Oracle(table, fail_after=2), Oracle(table)
-    with pytest.raises(KeyboardInterrupt):
-        ask(broken, FakeProcessor(), "t", requests, Decoding("text"), tmp_path, batch_size=3)
-    with (tmp_path / "t.jsonl").open("a") as file:
-        file.write('{"key": "06", "seg')
-    resumed = Oracle(table)
-    answers = ask(resumed, FakeProcessor(), "t", requests, Decoding("text"), tmp_path, batch_size=2)
-    assert [answers[f"{n:02d}"].text for n in range(10)] == [str(n) for n in range(10)]
-    assert resumed.num_calls == 2 and len(read_records(tmp_path / "t.jsonl")) == 10
-    ask(whole, FakeProcessor(), "t", requests, Decoding("text"), tmp_path / "other", batch_size=10)
-    assert broken.seeds + resumed.seeds == whole.seeds == [item_seed(0, "t", r.key) for r in requests]
-
-
 def test_a_folder_of_other_settings_is_refused(settings):
     folder = small_world.Path(settings.output)
-    small_world.check_manifest(folder, settings)
-    small_world.check_manifest(folder, settings)
+    check_manifest(folder, settings)
+    check_manifest(folder, settings)
     with pytest.raises(ValueError, match=rf"guidance {settings.guidance} -> 1.5.*another output="):
-        small_world.check_manifest(folder, replace(settings, guidance=1.5))
+        check_manifest(folder, replace(settings, guidance=1.5))
     record = json.loads((folder / "manifest.json").read_text())
     assert record["settings"]["guidance"] == settings.guidance

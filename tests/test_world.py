@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import geneval
+from eval.geneval import verdict as geneval
 from orthus.data.schema import Example, Turn
 from orthus.data.world import splits
 from orthus.data.world.benchmark import (

@@ -1,0 +1,1 @@
+"""MME (arXiv 2306.13394): reading its data, asking, answer files in the published form, and grading them."""
