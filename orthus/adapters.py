@@ -1,13 +1,15 @@
 """LoRA adapters on the backbone (PEFT), on plain or quantised weights (torchao), and what is left when they are merged.
 
 Only linear layers of the backbone are adapted. Token embeddings (with the code rows), codebook, LM head and diffusion head
-keep training in full. `save_pretrained` of a model with adapters writes the merged, plain model.
+keep training in full. What trains is in fp32, whatever the resting weights are in: small steps are lost in bf16.
+`save_pretrained` of a model with adapters writes the merged, plain model, all in the dtype of the resting weights.
 """
 
 import copy
 import difflib
 import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -52,7 +54,8 @@ def add_lora(
 ) -> "OrthusForConditionalGeneration":
     """Put low-rank adapters beside linear layers of the backbone, in place: `W x + alpha / rank * B A x`, with B = 0 at first.
 
-    The rest of the backbone stops training, but for its token embeddings; other parts stay as they were. Adapters are in fp32.
+    The rest of the backbone stops training, but for its token embeddings; other parts train or rest as they did. Adapters, token
+    embeddings that train and other parts in which something trains are in fp32 from now on.
 
     Args:
         targets: how the names of the layers end, such as `q_proj` or `self_attn.q_proj`; None for every linear layer.
@@ -78,10 +81,8 @@ def add_lora(
         warnings.filterwarnings("ignore", message=".*get_apply_tensor_subclass.*")
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
         peft.inject_adapter_in_model(config, model.backbone)
-    for parameter in model.backbone.parameters():
-        if parameter.requires_grad:  # the adapters alone, so far; their small steps would be lost in bf16
-            parameter.data = parameter.data.float()
     table.requires_grad_(table_trains)
+    _lift(model)
     return model
 
 
@@ -98,6 +99,7 @@ def merge_lora(model: "OrthusForConditionalGeneration") -> "OrthusForConditional
         raise ValueError("the model has no adapters to merge; add_lora(model) adds them")
     for name, linear in _plain_linears(model):
         model.set_submodule(name, linear)
+    _lower(model)
     del model.backbone.peft_config
     quantizer: Any = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
@@ -108,19 +110,66 @@ def merge_lora(model: "OrthusForConditionalGeneration") -> "OrthusForConditional
 
 
 @torch.no_grad()
-def save_merged(model: "OrthusForConditionalGeneration", folder: str | Path, **options: Any) -> None:
-    """Write what `merge_lora` would leave, without changing `model`; `options` as for `save_pretrained`."""
+def save_merged(
+    model: "OrthusForConditionalGeneration", folder: str | Path, state_dict: dict[str, Tensor] | None = None, **options: Any
+) -> None:
+    """Write what `merge_lora` would leave, without changing `model`; `options` as for `save_pretrained`.
+
+    state_dict: the model's weights, where it holds only shards of them itself.
+    """
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    weights: dict[str, Tensor] = model.state_dict()
-    for name, linear in _plain_linears(model):
+    dtype, lifted = resting_dtype(model), {f"{name}." for name, _ in _lifted(model)}
+    weights: dict[str, Tensor] = model.state_dict() if state_dict is None else state_dict
+    weights = {key: value.to(dtype) if key.startswith(tuple(lifted)) else value for key, value in weights.items()}
+    for name, linear in _plain_linears(model, state_dict):
         weights = {key: value for key, value in weights.items() if not key.startswith(f"{name}.")}
         weights |= {f"{name}.{key}": value for key, value in linear.state_dict().items()}
     with torch.device("meta"):  # `transformers` takes from it all but the weights
         plain: Any = type(model)(cast(Any, config))
     plain.generation_config = model.generation_config
-    plain.to(model.dtype).save_pretrained(str(folder), state_dict=weights, **options)
+    plain.to(dtype).save_pretrained(str(folder), state_dict=weights, **options)
+
+
+def resting_dtype(model: "OrthusForConditionalGeneration") -> torch.dtype:
+    """Of the weights in the backbone's layers that do not train, as numbers."""
+    table = model.get_input_embeddings().weight
+    named = [(name, p) for name, p in model.backbone.named_parameters() if p is not table and ".lora_" not in name]
+    return next(p.dtype for _, p in named if p.is_floating_point() and not is_quantized(p))
+
+
+def _lift(model: "OrthusForConditionalGeneration") -> None:
+    """Put all that trains in fp32, with its neighbours of the same part; the backbone's layers get inputs of their own dtype."""
+    dtype = resting_dtype(model)
+    for name, parameter in model.backbone.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.float()
+    for _, part in _lifted(model):
+        if dtype.itemsize < 4 and any(p.requires_grad for p in part.parameters()):
+            part.float()
+            if part is model.get_input_embeddings():
+                cast(Any, model.backbone).lowering = part.register_forward_hook(partial(_lowered, dtype))
+
+
+def _lower(model: "OrthusForConditionalGeneration") -> None:
+    """What [`_lift`] did, undone."""
+    for _, part in _lifted(model):
+        part.to(resting_dtype(model))
+    if hasattr(model.backbone, "lowering"):
+        cast(Any, model.backbone).lowering.remove()
+        del model.backbone.lowering
+
+
+def _lifted(model: "OrthusForConditionalGeneration") -> list[tuple[str, nn.Module]]:
+    """Name and module of what may train beside adapters."""
+    table = model.get_input_embeddings()
+    parts = [(name, part) for name, part in model.named_children() if name not in ("backbone", "autoencoder")]
+    return [next((name, part) for name, part in model.named_modules() if part is table), *parts]
+
+
+def _lowered(dtype: torch.dtype, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return output.to(dtype)
 
 
 def is_quantized(weight: Tensor) -> bool:
@@ -153,8 +202,9 @@ def _linear_names(backbone: nn.Module, targets: Sequence[str] | None) -> list[st
     return [name for name in names if name in chosen]
 
 
-def _plain_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """Name and plain replacement of each layer that has adapters or quantised weights."""
+def _plain_linears(model: nn.Module, gathered: dict[str, Tensor] | None = None) -> Iterator[tuple[str, nn.Linear]]:
+    """Name and plain replacement of each layer that has adapters or quantised weights; `gathered`: the model's weights, where it
+    holds shards of them."""
     peft = _peft()
     modules: dict[str, Any] = dict(model.named_modules())
     adapted = {name: module for name, module in modules.items() if isinstance(module, peft.tuners.lora.LoraLayer)}
@@ -164,10 +214,21 @@ def _plain_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
         if name not in adapted and (is_base or not isinstance(module, nn.Linear) or not is_quantized(module.weight)):
             continue
         base = module.get_base_layer() if name in adapted else module
-        weight = peft.utils.integrations.dequantize_module_weight(base).detach()
+        tensors: dict[str, Tensor] = module.state_dict()
+        if gathered is not None:
+            tensors = {key: gathered[f"{name}.{key}"] for key in tensors}
+        prefix = "base_layer." if name in adapted else ""
+        weight, bias = tensors[f"{prefix}weight"], tensors.get(f"{prefix}bias")
+        if gathered is None:
+            weight = peft.utils.integrations.dequantize_module_weight(base).detach()
         if name in adapted:
-            deltas = [module.get_delta_weight(adapter).float() for adapter in module.active_adapters]
+            deltas = [_delta(tensors, adapter, module.scaling[adapter]) for adapter in module.active_adapters]
             weight = sum(deltas, start=weight.float()).to(weight.dtype)
-        linear = nn.Linear(base.in_features, base.out_features, base.bias is not None, device="meta")
-        linear.load_state_dict({"weight": weight, **({} if base.bias is None else {"bias": base.bias.detach()})}, assign=True)
+        linear = nn.Linear(base.in_features, base.out_features, bias is not None, device="meta")
+        linear.load_state_dict({"weight": weight, **({} if bias is None else {"bias": bias})}, assign=True)
         yield name, linear.train(module.training)
+
+
+def _delta(tensors: dict[str, Tensor], adapter: str, scaling: float) -> Tensor:
+    up, down = (tensors[f"lora_{part}.{adapter}.weight"].float() for part in "BA")
+    return (up @ down) * scaling

@@ -23,7 +23,7 @@ class TextHead(nn.Linear):
         self.cap = getattr(text_config, "final_logit_softcapping", None)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = super().forward(hidden)
+        logits = super().forward(hidden.to(self.weight.dtype))
         if self.factor != 1.0:
             logits = logits * self.factor
         return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
@@ -32,7 +32,7 @@ class TextHead(nn.Linear):
         """Summed cross-entropy of `targets` `(N,)` given `hidden` `(N, D)`. Beyond `MAX_LOGIT_BYTES` the positions are taken in
         parts, whose logits the backward computes again, so that they never exist together."""
         size = max(1, MAX_LOGIT_BYTES // (4 * self.out_features))
-        if len(targets) <= size or not self.training:
+        if len(targets) <= size:
             return self._part(hidden, targets)
         parts = zip(hidden.split(size), targets.split(size), strict=True)
         sums = [checkpoint(self._part, h, t, use_reentrant=False, preserve_rng_state=False) for h, t in parts]

@@ -21,9 +21,11 @@ from safetensors.torch import load_file
 from test_training import logged, run_settings, tiny_lanes, weights
 from test_training import tiny_model as tiny_stand_in
 
+from orthus.adapters import add_lora
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.training.checkpoint import latest
 from orthus.training.distributed import joined
+from orthus.training.evaluation import Evaluation
 from orthus.training.fit import fit
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings
@@ -32,15 +34,17 @@ TESTS = Path(__file__).parent
 LANES, STEPS = 4, 4
 ADAMW = OptimSettings(peak_lr=1e-2, warmup_steps=2, decay_fraction=0.0)
 MUON = OptimSettings(optimizer="muon", peak_lr=1e-2, warmup_steps=2)
+ALONE = ("is_orthus", "frozen", "optim", "is_adapted", "eval_every")  # of a case, what does not shard
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "sharded": {"sharding": "full"},
     "sharded-muon": {"sharding": "full", "optim": MUON},
     "orthus": {"is_orthus": True},
-    "orthus-sharded": {"is_orthus": True, "sharding": "full", "checkpoint_activations": True},
+    "orthus-sharded": {"is_orthus": True, "sharding": "full", "checkpoint_activations": True, "eval_every": 3},
     "orthus-frozen-sharded": {"is_orthus": True, "sharding": "full", "frozen": ("backbone.layers", "backbone.norm")},
     "orthus-table-frozen-sharded": {"is_orthus": True, "sharding": "full", "frozen": ("backbone.embed_tokens", "lm_head")},
-    "orthus-offloaded": {"is_orthus": True, "sharding": "offload"},
+    "orthus-offloaded": {"is_orthus": True, "sharding": "offload", "eval_every": 1},
+    "orthus-lora-sharded": {"is_orthus": True, "sharding": "full", "is_adapted": True, "eval_every": 2},
 }
 
 
@@ -74,10 +78,15 @@ class OrthusLoader:
 
 def train(folder: Path, num_steps: int = STEPS, is_orthus: bool = False, frozen: Sequence[str] = (), **changes: Any) -> None:
     optim = changes.pop("optim", ADAMW)
-    model = tiny_orthus(head={"num_noise_draws": 2}) if is_orthus else tiny_stand_in()
+    parts = {"text_config": changes.pop("text_config")} if "text_config" in changes else {}
+    model = tiny_orthus(head={"num_noise_draws": 2}, **parts) if is_orthus else tiny_stand_in()
     freeze(model, ["autoencoder", *frozen] if is_orthus else frozen)
-    run = run_settings(folder, num_steps=num_steps, lanes=LANES, log_every=1, save_every=2, **changes)
-    fit(model, OrthusLoader if is_orthus else tiny_lanes(2), run, optim)
+    if changes.pop("is_adapted", False):
+        torch.manual_seed(3)
+        add_lora(model, rank=2)
+    run = run_settings(folder, num_steps=num_steps, lanes=LANES, log_every=1, save_every=2, eval_batches=3, **changes)
+    evaluation = Evaluation(lambda lane, num_lanes: OrthusLoader(1000 + lane, 2000)) if run.eval_every else None
+    fit(model, OrthusLoader if is_orthus else tiny_lanes(2), run, optim, evaluation=evaluation)
 
 
 def process(index: int, world_size: int, folder: str, plan: Sequence[tuple[str, int, dict[str, Any]]]) -> None:
@@ -113,7 +122,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every case in one process, without sharding."""
     folder = tmp_path_factory.mktemp("alone")
     for name, changes in CASES.items():
-        train(folder / name, **{key: changes[key] for key in ("is_orthus", "frozen", "optim") if key in changes})
+        train(folder / name, **{key: changes[key] for key in ALONE if key in changes})
     return folder
 
 
@@ -140,14 +149,14 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_loses_nothing(tmp_path: Path) -> None:
-    """torchrun with two processes, one of which is killed while it trains; the same command goes on."""
+    """torchrun with two processes, one of which is killed while it trains: it starts both again, and they go on."""
     (tmp_path / "run.py").write_text("import sys, pathlib, test_sharding\ntest_sharding.killed(pathlib.Path(sys.argv[1]))")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent))), "OMP_NUM_THREADS": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
     command = [*launcher, str(tmp_path / "run.py"), str(tmp_path / "out")]
-    first, second = (subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False) for _ in range(2))
-    assert first.returncode != 0 and (tmp_path / "out" / "killed").exists()
-    assert second.returncode == 0 and b"resumed from" in second.stderr, second.stderr.decode()[-3000:]
+    ended = subprocess.run(command, env=environment, capture_output=True, timeout=300, check=False)
+    assert ended.returncode == 0 and (tmp_path / "out" / "killed").exists(), ended.stderr.decode()[-3000:]
+    assert ended.stderr.count(b"resumed from") == 1
     train(tmp_path / "alone", 8, is_orthus=True)
     assert_same_run(tmp_path / "out", tmp_path / "alone")
 
@@ -167,7 +176,7 @@ def killed(folder: Path) -> None:
         OrthusForConditionalGeneration.forward = forward  # type: ignore[method-assign]
     with joined():
         torch.set_num_threads(1)
-        train(folder, 8, is_orthus=True, sharding="full")
+        train(folder, 8, is_orthus=True, sharding="full", async_checkpoints=True)
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

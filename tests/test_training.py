@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from tiny_model import DIM, TinyLoader, TinyModel
 from torch import Tensor, nn
 
-from orthus.training.checkpoint import MARKER, TrainState, latest, load_checkpoint, save_checkpoint
+from orthus.training.checkpoint import MARKER, Checkpoints, TrainState, latest, load_checkpoint
 from orthus.training.fit import EXIT_TERMINATED, fit
 from orthus.training.metrics import read_metrics
 from orthus.training.optim import build_optimizers, start_ema
@@ -277,7 +277,7 @@ def test_loader_state_that_cannot_be_read_back_fails_at_the_save(tmp_path: Path)
     state = fresh_state(TinyModel())
     state.loaders[0].state_dict = lambda: {"source": Path()}  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="plain Python values and tensors"):
-        save_checkpoint(state, tmp_path, {}, keep=1)
+        Checkpoints(tmp_path, {}, keep=1).save(state)
     assert latest(tmp_path) is None
 
 

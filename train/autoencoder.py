@@ -18,6 +18,7 @@ from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor
 from orthus.training.checkpoint import Loader, write_model
 from orthus.training.distributed import joined
+from orthus.training.evaluation import Evaluation
 from orthus.training.fit import fit
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings
@@ -62,20 +63,21 @@ def main(argv: Sequence[str]) -> None:
 
     mixture = open_mixture(stage.sources, stage.run.seed, processor.prepare, processor.max_pixels) if stage.sources else None
 
-    def pictures(num_objects: int, lane: int = 0, num_lanes: int = 1) -> Loader:
+    def pictures(num_objects: int, lane: int = 0, num_lanes: int = 1, split: str = "train") -> Loader:
         """Batches of one lane: of the sources, or scenes of `num_objects` objects."""
         if mixture is not None:
             return SourcePictures(mixture, processor, stage.batch_size, lane, num_lanes)
-        return PictureLoader(stage.world, processor, stage.batch_size, num_objects, "train", lane, num_lanes)
+        return PictureLoader(stage.world, processor, stage.batch_size, num_objects, split, lane, num_lanes)
 
     def make_loader(lane: int, num_lanes: int) -> Loader:
         return pictures(stage.num_objects, lane, num_lanes)
 
+    held_out = Evaluation(lambda lane, num_lanes: pictures(stage.num_objects, lane, num_lanes, "validation"))
     with joined(stage.run.device) as (rank, _):
         if stage.start:  # noise on the latents is in units of their standard deviation
             cast(torch.nn.Module, model).to(stage.run.device)
             calibrate(model, pictures(stage.calibration_objects))
-        fit(model, make_loader, stage.run, stage.optim)
+        fit(model, make_loader, stage.run, stage.optim, evaluation=held_out if mixture is None else None)
         if rank == 0:
             final = Path(stage.run.output_dir) / "final"
             trained = load_autoencoder(final)

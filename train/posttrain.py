@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from eval.small_tasks import shows
 from orthus.adapters import add_lora
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
@@ -46,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
         replace_head(model, stage.head, stage.run.seed)
     processor = OrthusProcessor.from_pretrained(stage.model)
     model.set_attn_implementation(stage.attention)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage), shows)
 
 
 def planned_model(stage: PostStage) -> OrthusForConditionalGeneration:

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedConfig
 
+from eval.small_tasks import shows
 from orthus.autoencoder import Autoencoder
 from orthus.autoencoder_loading import OURS, load_autoencoder
 from orthus.building import build_orthus
@@ -68,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     model = build_orthus(*parts, embedding_std=stage.embedding_std)
     model.set_attn_implementation(stage.attention)
     freeze(model, stage.frozen)
-    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage))
+    run_stage(model, processor, stage.data, stage.run, stage.optim, stage.samples, to_dict(stage), shows)
 
 
 def planned_model(stage: BaseStage) -> OrthusForConditionalGeneration:

@@ -2,18 +2,20 @@
 
 `checkpoints/step-00000500/` holds the tensors (torch.distributed.checkpoint, whole or sharded), one `lane-*.pt` per lane (its
 loader's position), `settings.yaml` and, written last, the marker `complete.json`. Any number of processes may read it.
+[`Checkpoints`] writes it, at once or in a thread from a copy in the memory of the CPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,12 +25,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from orthus.adapters import is_quantized
 from orthus.training import settings as settings_file
+from orthus.training.distributed import barrier, rank, world_size
 from orthus.training.optim import averaged
 from orthus.training.sharding import whole
 
@@ -54,74 +59,112 @@ class TrainState:
     model: nn.Module
     ema: dict[str, Tensor]
     optimizers: list[Optimizer]
-    loaders: dict[int, Loader]  # by lane: those of this process
+    loaders: dict[int, Loader]  # by lane: those that this process reads
     num_lanes: int = 1  # of all processes
     step: int = 0  # optimiser steps done
     seconds: float = 0.0  # spent training, over all restarts
     window: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last logged step
+    mesh: DeviceMesh | None = None  # of the processes, (data, tensor), where layers are split
 
 
-def rank() -> int:
-    """This process's number in the group, 0 without one."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+class Checkpoints:
+    """Writes the checkpoints of a run, in a `with` block that ends when the last one is on the disk. Every process has one, and
+    calls it in the same steps.
 
-
-def world_size() -> int:
-    """Number of processes, 1 without a group."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    """Wait for every process."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def save_checkpoint(state: TrainState, output_dir: str | os.PathLike[str], settings: dict[str, Any], keep: int) -> Path:
-    """Write `checkpoints/step-*` (every process calls this), then delete all but the newest `keep`.
-
-    Raises OSError if that fails, as on a full disk; what was half written is removed, and earlier checkpoints stay.
+    `is_async`: `save` copies the tensors to the memory of the CPU and returns, and a thread writes while training goes on; one
+    checkpoint at a time. What `save`, `wait` and the end of the block raise is then of an earlier `save`.
     """
-    final = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
-    temporary = final.with_name(f".{final.name}.tmp")
-    try:
-        return _write_checkpoint(state, final, temporary, settings, keep)
-    except (OSError, CheckpointException) as error:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        last, reason = latest(output_dir), (str(error).strip() or repr(error)).splitlines()[-1]
-        raise OSError(
-            f"{final} could not be written ({reason}); if its disk is full, free space; the same command goes on from "
-            f"{'the beginning' if last is None else last}"
-        ) from error
 
+    def __init__(self, output_dir: str | os.PathLike[str], settings: dict[str, Any], keep: int, is_async: bool = False) -> None:
+        self.output_dir, self.settings, self.keep = Path(output_dir), settings, keep
+        self.group: Any = dist.new_group(backend="gloo") if world_size() > 1 else None  # the thread's own
+        on_gpu = torch.cuda.is_initialized()
+        copying = StagingOptions(on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=on_gpu)
+        self.stager = DefaultStager(copying)  # keeps its memory, pinned where there is a GPU, from one save to the next
+        gpu = torch.cuda.current_device() if on_gpu else -1  # -1: none; a new thread would use GPU 0
+        self.thread = ThreadPoolExecutor(1, "checkpoint", torch.cuda.set_device, (gpu,)) if is_async else None
+        self.writing: Future[None] | None = None
+        _silence_single_process()
 
-def _write_checkpoint(state: TrainState, final: Path, temporary: Path, settings: dict[str, Any], keep: int) -> Path:
-    if rank() == 0:
-        for leftover in final.parent.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
-    barrier()
-    with _quiet():
-        writer = FileSystemWriter(temporary / TENSORS)
-        save(_tensors(state), storage_writer=writer, no_dist=world_size() == 1)
-    _save_loaders(state, temporary)
-    barrier()
-    if rank() == 0:
-        settings_file.save(settings, temporary / "settings.yaml")
-        marker = {
-            "step": state.step,
-            "seconds": state.seconds,
-            "window": state.window,
-            "lanes": state.num_lanes,
-            "torch": str(torch.__version__),
-        }
-        (temporary / MARKER).write_text(json.dumps(marker), encoding="utf-8")
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self.wait()
+        finally:
+            if self.thread is not None:
+                self.thread.shutdown()
+            self.stager.close()
+            if self.group is not None:
+                dist.destroy_process_group(self.group)
+
+    def save(self, state: TrainState) -> None:
+        """Write `checkpoints/step-*`, then delete all but the newest `keep`.
+
+        Raises OSError if that fails in any process, as on a full disk, in all of them; what was half written is removed, and
+        earlier checkpoints stay.
+        """
+        self.wait()
+        marker = {"step": state.step, "seconds": state.seconds, "window": state.window, "lanes": state.num_lanes}
+        marker |= {"torch": str(torch.__version__)}
+        files = {f"lane-{lane:05d}.pt": _position(loader) for lane, loader in state.loaders.items()}
+        if self.thread is None:
+            self._write(state.step, _tensors(state), files, json.dumps(marker))
+        else:
+            tensors = cast(dict[str, Tensor], self.stager.stage(_tensors(state)))
+            self.writing = self.thread.submit(self._write, state.step, tensors, files, json.dumps(marker))
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the next call will raise. Some processes may know it a moment before others."""
+        return self.writing is not None and self.writing.done() and self.writing.exception() is not None
+
+    def _write(self, step: int, tensors: dict[str, Tensor], files: dict[str, bytes], marker: str) -> None:
+        final = self.output_dir / "checkpoints" / f"step-{step:08d}"
+        temporary = final.with_name(f".{final.name}.tmp")
+        try:
+            self._agreed(lambda: _begin(temporary))
+            self._agreed(lambda: [(temporary / name).write_bytes(content) for name, content in files.items()])
+            writer = FileSystemWriter(temporary / TENSORS)
+            save(tensors, storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+            self._agreed(lambda: self._finish(temporary, final, marker))
+        except (OSError, CheckpointException) as error:
+            if rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            last, reason = latest(self.output_dir), (str(error).strip() or repr(error)).splitlines()[-1]
+            raise OSError(
+                f"{final} could not be written ({reason}); if its disk is full, free space; the same command goes on from "
+                f"{'the beginning' if last is None else last}"
+            ) from error
+
+    def _finish(self, temporary: Path, final: Path, marker: str) -> None:
+        if rank() > 0:
+            return
+        settings_file.save(self.settings, temporary / "settings.yaml")
+        (temporary / MARKER).write_text(marker, encoding="utf-8")
         _publish(temporary, final)
-        for _, old in _finished(final.parent.parent)[:-keep]:
+        for _, old in _finished(self.output_dir)[: -self.keep]:
             shutil.rmtree(old)
-    barrier()
-    return final
+
+    def _agreed(self, work: Callable[[], object]) -> None:
+        """Work in every process, which waits for the others and raises the first OSError of any."""
+        errors: list[OSError | None] = [None]
+        try:
+            work()
+        except OSError as error:
+            errors = [error]
+        if self.group is not None:
+            (mine,), errors = errors, [None] * world_size()
+            dist.all_gather_object(errors, mine, group=self.group)
+        for first in filter(None, errors):
+            raise first
 
 
 def latest(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -155,15 +198,15 @@ def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
             f"{folder} has {num_lanes(folder)} lanes and this run has {state.num_lanes}, so the loaders' positions do not fit; "
             f"set run.lanes={num_lanes(folder)}, or start a new output_dir"
         )
-    with _quiet():
-        reader = FileSystemReader(folder / TENSORS)
-        stored = _stored_tensors(reader, folder, marker["torch"])
-        slots = _optimizer_slots(state, stored, folder)
-        tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(state.model).items()}
-        tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.items()}
-        _check_tensors(tensors, {n: m for n, m in stored.items() if not n.startswith("optimizer.")}, folder)
-        tensors |= slots
-        load(tensors, storage_reader=reader, no_dist=world_size() == 1)
+    _silence_single_process()
+    reader = FileSystemReader(folder / TENSORS)
+    stored = _stored_tensors(reader, folder, marker["torch"])
+    slots = _optimizer_slots(state, stored, folder)
+    tensors = {f"model.{name}": tensor for name, tensor in _model_tensors(state.model).items()}
+    tensors |= {f"ema.{name}": tensor for name, tensor in state.ema.items()}
+    _check_tensors(tensors, {n: m for n, m in stored.items() if not n.startswith("optimizer.")}, folder)
+    tensors |= slots
+    load(tensors, storage_reader=reader, no_dist=world_size() == 1)
     for name, (optimizer, parameter) in _optimized(state).items():
         owner = f"optimizer.{name}"
         saved = {key.rpartition(".")[2]: slot for key, slot in slots.items() if key.rpartition(".")[0] == owner}
@@ -293,17 +336,18 @@ def num_lanes(folder: Path) -> int:
     return int(marker["lanes"])
 
 
-def _save_loaders(state: TrainState, folder: Path) -> None:
-    for lane, loader in state.loaders.items():
-        path = folder / f"lane-{lane:05d}.pt"
-        torch.save(loader.state_dict(), path)
-        try:
-            torch.load(path, weights_only=True)
-        except Exception as error:
-            raise ValueError(
-                f"the state_dict() of {type(loader).__name__} cannot be read back ({error}); "
-                "build it from plain Python values and tensors"
-            ) from error
+def _position(loader: Loader) -> bytes:
+    """What `lane-*.pt` holds."""
+    buffer = io.BytesIO()
+    torch.save(loader.state_dict(), buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"the state_dict() of {type(loader).__name__} cannot be read back ({error}); "
+            "build it from plain Python values and tensors"
+        ) from error
+    return buffer.getvalue()
 
 
 # -- files ---------------------------------------------------------------------------------------------------------
@@ -317,6 +361,13 @@ def _finished(output_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
         if match and (folder / MARKER).is_file():
             found.append((int(match[1]), folder))
     return sorted(found)
+
+
+def _begin(temporary: Path) -> None:
+    if rank() == 0:
+        for leftover in temporary.parent.glob(".step-*.tmp"):
+            shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -342,9 +393,6 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences the notice that torch.distributed.checkpoint works in a single process, which is the usual case here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-        yield
+def _silence_single_process() -> None:
+    """No notice that torch.distributed.checkpoint works in a single process, which is the usual case here."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")

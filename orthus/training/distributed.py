@@ -1,11 +1,32 @@
-"""Joining the process group that torchrun describes in the environment."""
+"""Joining the process group that torchrun describes in the environment, and the place of this process in it."""
 
+import hashlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+
+JOIN_SECONDS = 1800.0  # as torch waits for a store
+
+
+def rank() -> int:
+    """This process's number in the group, 0 without one."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every process."""
+    if world_size() > 1:
+        dist.barrier()
 
 
 @contextmanager
@@ -21,8 +42,29 @@ def joined(device: str = "cpu") -> Iterator[tuple[int, int]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield 0, 1
         return
-    dist.init_process_group("gloo" if device == "cpu" else "cpu:gloo,cuda:nccl")
+    store, number, size = next(dist.rendezvous("env://"))
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=_unused_part(store, number, size), rank=number, world_size=size)
     try:
         yield dist.get_rank(), dist.get_world_size()
     finally:
         dist.destroy_process_group()
+
+
+def _unused_part(store: dist.Store, number: int, size: int) -> dist.Store:
+    """A part of the store that exactly these processes agree on, so that nothing in it is left from earlier ones.
+
+    torchrun keeps its store when it starts processes again (`--max-restarts`), with the addresses of those that are gone; how
+    often it did so may differ between machines. So each process puts a name of its own there, and a part is theirs when all
+    have said that they see the same names. Raises TimeoutError if that does not happen.
+    """
+    store.set(f"orthus/name/{number}", uuid.uuid4().hex)
+    deadline = time.monotonic() + JOIN_SECONDS
+    while time.monotonic() < deadline:
+        names = store.multi_get([f"orthus/name/{other}" for other in range(size)])
+        part = f"orthus/{hashlib.sha256(b''.join(names)).hexdigest()}"
+        store.set(f"{part}/seen/{number}", "")
+        if store.check([f"{part}/seen/{other}" for other in range(size)]):
+            return dist.PrefixStore(part, store)
+        time.sleep(0.05)
+    raise TimeoutError(f"process {number} of {size} waited {JOIN_SECONDS:g} s for the others; look for why one of them ended")

@@ -2,8 +2,8 @@
 
 The loss of an optimiser step is  sum over terms k of  weight_k * (sum of term k) / (number of its targets),  with both
 taken over every batch of the step in every process. A step has one batch from each *lane*, a stream of batches of its own;
-process r of W runs lanes r, r + W, ..., and the noise of a batch is seeded by (seed, step, lane): how many processes there are
-changes nothing, and a run goes on with any number that divides its lanes.
+process r of W (where layers are split: the r-th of W groups) runs lanes r, r + W, ..., and the noise of a batch is seeded by
+(seed, step, lane): how many processes there are changes nothing, and a run goes on with any number that divides its lanes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +25,24 @@ from tqdm import tqdm
 
 from orthus.adapters import is_quantized
 from orthus.training.checkpoint import (
+    Checkpoints,
     Loader,
     TrainState,
-    barrier,
     check_shared,
     latest,
     load_checkpoint,
     num_lanes,
-    rank,
-    save_checkpoint,
     save_model,
-    world_size,
 )
+from orthus.training.distributed import barrier, rank, world_size
+from orthus.training.evaluation import Evaluation, evaluator
 from orthus.training.metrics import MetricsLog
 from orthus.training.optim import averaged, build_optimizers, start_ema
+from orthus.training.reporting import TrainingFlops, report
 from orthus.training.settings import OptimSettings, RunSettings, differences, read, to_dict
 from orthus.training.sharding import prepare
 from orthus.training.step import Batch, loss_weights, train_step
+from orthus.training.tensor_parallel import make_mesh, reads_data, shared_batches
 
 MakeLoader = Callable[[int, int], Loader]
 """From a lane and the number of lanes to that lane's loader."""
@@ -56,14 +56,17 @@ def fit(
     optim: OptimSettings,
     *,
     on_sample: Callable[[nn.Module, int], None] | None = None,
+    evaluation: Evaluation | None = None,
+    training_flops: TrainingFlops | None = None,
     settings: dict[str, Any] | None = None,
 ) -> None:
     """Train until `run.num_steps`, then write the averaged weights to `output_dir/final`.
 
     The same call again resumes from the newest checkpoint of `output_dir`. SIGTERM writes a checkpoint and raises
     SystemExit(143). `on_sample(model, step)` gets the averaged weights every `sample_every` steps in the first process;
-    what it draws does not touch the run. `settings` (plain values; default: run and optim) are kept with
-    each checkpoint, and a resumed run says which of them have changed.
+    what it draws does not touch the run. `evaluation` is asked every `eval_every` steps and at the end; `training_flops` is for
+    MFU. `settings` (plain values; default: run and optim) are kept with each checkpoint, and a resumed run says which of them
+    have changed.
     Raises FloatingPointError at a loss or gradient that is not finite, with the batches saved beside the checkpoints.
     """
     settings = settings or {"run": to_dict(run), "optim": to_dict(optim)}
@@ -74,22 +77,28 @@ def fit(
     if state.step >= run.num_steps and is_written:
         _say(f"{run.output_dir} is complete at step {state.step}; raise run.num_steps or choose another output_dir")
         return
-    log = MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=state.step) if rank() == 0 else None
+    evaluate = evaluator(evaluation, run)
+    log = _open_log(run, state.step, settings)
     streams = {lane: _endless(loader) for lane, loader in state.loaders.items()}
     is_terminal = sys.stderr.isatty()
     bar = tqdm(total=run.num_steps, initial=state.step, disable=rank() > 0, unit="step", mininterval=0.5 if is_terminal else 30)
-    with _sigterm() as terminated, bar:
+    checkpoints = Checkpoints(run.output_dir, settings, run.keep_checkpoints, run.async_checkpoints)
+    with _sigterm() as terminated, bar, log or nullcontext(), checkpoints:
         while state.step < run.num_steps:
             started = time.perf_counter()
-            record = train_step(state, {lane: next(batches) for lane, batches in streams.items()}, run, optim)
+            batches = shared_batches({lane: next(stream) for lane, stream in streams.items()}, state.mesh)
+            record = train_step(state, batches, run, optim)
             state.seconds += time.perf_counter() - started
-            _report(state, record, run, log, bar)
+            report(state, record, run, log, bar, training_flops)
             if on_sample is not None and run.sample_every and state.step % run.sample_every == 0:
                 _sample(state, on_sample)
-            stop = _any_process(terminated.is_set())
+            if evaluate is not None and evaluate.is_due(state.step):
+                _write(log, {"step": state.step, **evaluate(state)})
+            stop = _any_process(terminated.is_set() or checkpoints.has_failed)
             if stop or state.step % run.save_every == 0 or state.step == run.num_steps:
-                save_checkpoint(state, run.output_dir, settings, run.keep_checkpoints)
+                checkpoints.save(state)
             if stop and state.step < run.num_steps:
+                checkpoints.wait()
                 _say(f"terminated: saved step {state.step} of {run.num_steps}; the same command resumes")
                 raise SystemExit(EXIT_TERMINATED)
     save_model(model, state.ema, final)
@@ -105,20 +114,25 @@ def _start(
         torch.set_num_threads(run.num_threads)
     Path(run.output_dir).mkdir(parents=True, exist_ok=True)
     newest = latest(run.output_dir)
-    lanes = run.lanes or (world_size() if newest is None else num_lanes(newest))
-    if lanes % world_size():
-        raise ValueError(f"{lanes} lanes cannot be shared by {world_size()} processes; set run.lanes to a multiple of them, or "
-                         f"start as many processes as divide {lanes}")  # fmt: skip
+    mesh = make_mesh(run)
+    num_groups = world_size() // run.tensor_parallel  # each of which runs other lanes
+    lanes = run.lanes or (num_groups if newest is None else num_lanes(newest))
+    if lanes % num_groups:
+        groups = f"{num_groups} " + ("processes" if mesh is None else f"groups of {run.tensor_parallel} processes")
+        raise ValueError(f"{lanes} lanes cannot be shared by {groups}; set run.lanes to a multiple of them, or "
+                         f"start as many as divide {lanes}")  # fmt: skip
     check_shared(newest, run.output_dir)
     model.to(run.device).train()
     if world_size() > 1:
         for tensor in (*model.parameters(), *model.buffers()):
             if not is_quantized(tensor):  # those come from the same folder in every process and never change
                 dist.broadcast(tensor.detach(), src=0)
-    prepare(model, run)
-    loaders = {lane: make_loader(lane, lanes) for lane in range(rank(), lanes, world_size())}
+    prepare(model, run, mesh)
+    mine = range(rank() // run.tensor_parallel, lanes, num_groups) if reads_data(mesh) else ()
+    loaders = {lane: make_loader(lane, lanes) for lane in mine}
     loss_weights(model, run)
-    state = TrainState(model, start_ema(model) if run.ema_decay else {}, build_optimizers(model, optim), loaders, lanes)
+    ema = start_ema(model) if run.ema_decay else {}
+    state = TrainState(model, ema, build_optimizers(model, optim), loaders, lanes, mesh=mesh)
     if newest is not None:
         load_checkpoint(state, newest)
         changed = differences(read(newest / "settings.yaml"), settings)
@@ -136,55 +150,16 @@ def _endless(loader: Loader) -> Iterator[Batch]:
             raise ValueError(f"{type(loader).__name__} yields no batch; check its data set and batch size")
 
 
-def _report(state: TrainState, record: dict[str, float], run: RunSettings, log: MetricsLog | None, bar: Any) -> None:
-    """Add a step to the window and, every `log_every` steps, write the window's means."""
-    bar.update(1)
-    window = state.window
-    for name, value in record.items():
-        window[name] = value if name.startswith("grad_norm") else window.get(name, 0.0) + value
-    if state.step % run.log_every and state.step != run.num_steps:
-        return
-    weights = loss_weights(state.model, run)
-    means = {k: window[f"sum/{k}"] / window[f"count/{k}"] for k in weights if window[f"count/{k}"]}
-    seconds = state.seconds - window.get("since", 0.0)
-    metrics = {
-        "step": state.step,
-        "loss": sum(weights[k] * mean for k, mean in means.items()),
-        **{f"loss/{k}": mean for k, mean in means.items()},
-        "lr": state.optimizers[-1].param_groups[0]["lr"],
-        **_watched_means(window),
-        **{name: value for name, value in window.items() if name.startswith("grad_norm")},
-        "items_per_second": window["items"] / max(seconds, 1e-9),
-        "seconds": state.seconds,
-    }
-    metrics |= data_counts(state)
-    state.window = {"since": state.seconds}
+def _open_log(run: RunSettings, step: int, settings: dict[str, Any]) -> MetricsLog | None:
+    """In the first process."""
+    if rank() > 0:
+        return None
+    return MetricsLog(Path(run.output_dir) / "metrics.jsonl", resumed_step=step, tracker=run.tracker, settings=settings)
+
+
+def _write(log: MetricsLog | None, record: dict[str, Any]) -> None:
     if log is not None:
-        log.write(metrics)
-        shown = {"loss": metrics["loss"], **means}
-        bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
-
-
-def _watched_means(window: dict[str, float]) -> dict[str, float]:
-    names = [name.removeprefix("watched/") for name in window if name.startswith("watched/")]
-    counts = {name: window[f"watched_count/{name}"] for name in names}
-    return {f"loss/{name}": window[f"watched/{name}"] / counts[name] for name in names if counts[name]}
-
-
-def data_counts(state: TrainState) -> dict[str, float]:
-    """`data/*`: what the loaders of all processes have handed out and dropped so far, and the share of tokens that are not
-    padding; {} for loaders that do not count."""
-    mine: Counter[str] = Counter()
-    for loader in state.loaders.values():
-        mine.update(loader.counts() if hasattr(loader, "counts") else {})
-    everyones: list[Any] = [mine]
-    if world_size() > 1:
-        everyones = [None] * world_size()
-        dist.all_gather_object(everyones, mine)
-    total: Counter[str] = sum(everyones, Counter())
-    num_tokens, num_real = total.pop("num_tokens", 0), total.pop("num_real_tokens", 0)
-    fill = {"data/fill": num_real / num_tokens} if num_tokens else {}
-    return {**fill, **{f"data/{name}": float(number) for name, number in sorted(total.items())}}
+        log.write(record)
 
 
 def _sample(state: TrainState, on_sample: Callable[[nn.Module, int], None]) -> None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from orthus.training.settings import OptimSettings
+from orthus.training.sharding import by_mesh, local_value
 
 HEAD_MATRIX_MAX_ASPECT = 2  # of the diffusion head Muon takes the MLPs, not the three times taller adaLN matrices
 
@@ -80,12 +81,13 @@ def lr_factors(model: nn.Module, by_part: Mapping[str, float]) -> dict[str, floa
 def _groups(
     trainable: Mapping[str, nn.Parameter], names: Set[str], factors: Mapping[str, float], peak_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Parameter groups of `names`, one for each factor."""
+    """Parameter groups of `names`, one for each factor and each way of sharing them."""
     by_factor: dict[float, list[nn.Parameter]] = {}
     for name, parameter in trainable.items():
         if name in names:
             by_factor.setdefault(factors[name], []).append(parameter)
-    return [{"params": p, "weight_decay": weight_decay, "peak_lr": peak_lr * factor} for factor, p in by_factor.items()]
+    rates = [(peak_lr * factor, group) for factor, parameters in by_factor.items() for group in by_mesh(parameters)]
+    return [{"params": group, "weight_decay": weight_decay, "peak_lr": rate} for rate, group in rates]
 
 
 def _decayed_names(model: nn.Module) -> set[str]:
@@ -139,7 +141,7 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, decay: float, step: int
     """Move `ema` towards the weights after step `step` (from 0); early steps forget faster, as (1 + t) / (10 + t)."""
     parameters = dict(model.named_parameters())
     average = get_ema_multi_avg_fn(min(decay, (1 + step) / (10 + step)))
-    average(list(ema.values()), [parameters[name].detach() for name in ema], None)
+    average([local_value(tensor) for tensor in ema.values()], [local_value(parameters[name].detach()) for name in ema], None)
 
 
 @contextmanager

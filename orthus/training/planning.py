@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
 
 from orthus.configuration import OrthusConfig
 from orthus.conversion import config_from_published, is_published
@@ -25,6 +26,7 @@ from orthus.text_head import MAX_LOGIT_BYTES
 from orthus.training.optim import build_optimizers
 from orthus.training.settings import OptimSettings, RunSettings
 from orthus.training.sharding import backbone_layers, root_parameters
+from orthus.training.tensor_parallel import layer_styles, part_of
 
 if TYPE_CHECKING:
     from orthus.training.stages import DataSettings
@@ -39,8 +41,8 @@ BUILT = "the --output of `train.build` (of a Chameleon: --backbone leloy/Anole-7
 
 @dataclass(frozen=True)
 class Hardware:
-    """What `--dry-run` assumes. None: processes as torchrun says, else one for each lane if sharded, else one; memory (GiB for
-    each process) of this machine; throughput as in `TFLOPS`."""
+    """What `--dry-run` assumes. None: processes as torchrun says, else one (or tensor group) for each lane if sharded, else one;
+    memory (GiB for each process) of this machine; throughput as in `TFLOPS`."""
 
     processes: int | None = None
     memory: float | None = None
@@ -106,8 +108,10 @@ def parameter_counts(model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def state_bytes(model: nn.Module, run: RunSettings, optim: OptimSettings, processes: int) -> dict[str, int]:
-    """Exact for AdamW: what a process keeps from step to step; sharded, the largest share of cuts along dimension 0."""
-    shards = 1 if run.sharding == "no" else processes
+    """Exact for AdamW: what a process keeps from step to step; sharded, the largest share of cuts along dimension 0 (of its parts
+    of layers, where they are split)."""
+    shards = 1 if run.sharding == "no" else processes // run.tensor_parallel
+    model = part_of(model, run.tensor_parallel)
     trainable = sum(_share(p, shards) for p in model.parameters() if p.requires_grad)
     weights = sum(_share(p, shards) for p in model.parameters()) + sum(b.nbytes for b in model.buffers())
     slots, averages = 0, trainable if run.ema_decay else 0
@@ -136,6 +140,7 @@ def _is_low(run: RunSettings) -> bool:
 
 def passing_bytes(model: Any, run: RunSettings, processes: int) -> int:
     """Estimate: copies of weights in which a step computes, and the buffers in which gradients are summed over processes."""
+    model = part_of(model, run.tensor_parallel)
     if run.sharding != "no":
         parts = [root_parameters(model), list(backbone_layers(model)[0].parameters())]
         whole, learned = ([sum(p.numel() for p in part if p.requires_grad or every) for part in parts] for every in (True, False))
@@ -148,14 +153,15 @@ def passing_bytes(model: Any, run: RunSettings, processes: int) -> int:
     return copies + (4 * sum(p.numel() for p in model.parameters() if p.requires_grad) if processes > 1 else 0)
 
 
-def layer_bytes_per_token(config: Any, residual: int, size: int) -> int:
-    """Estimate: what autograd keeps of one layer: two norms, query, key, value, attention's output, and a gated MLP."""
+def layer_bytes_per_token(config: Any, residual: int, size: int, parts: int = 1, head_parts: int = 1) -> int:
+    """Estimate: what autograd keeps of one layer: two norms, query, key, value, attention's output, and a gated MLP. `parts`:
+    into which the MLP is split, `head_parts`: attention."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     norms = 2 * (4 + residual + size) * hidden
     attention = size * (2 * queries + 2 * keys) + (size * (queries + keys) if config.model_type == "chameleon" else 0)
-    return norms + attention + 4 * size * int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    return norms + attention // head_parts + 4 * size * int(getattr(config, "intermediate_size", None) or 4 * hidden) // parts
 
 
 def activation_bytes(
@@ -168,9 +174,11 @@ def activation_bytes(
     num_tokens, num_images = rows * length, images_per_batch(config, data)
     size, is_low = _compute_size(model, run), _is_low(run)
     residual = 2 if is_low else next(model.parameters()).element_size()
-    per_layer = num_tokens * layer_bytes_per_token(text, residual, size)
+    parts = run.tensor_parallel
+    head_parts = parts if parts == 1 or "colwise_gather_output" not in layer_styles(model, parts).values() else 1
+    per_layer = num_tokens * layer_bytes_per_token(text, residual, size, parts, head_parts)
     if attention == "eager":
-        per_layer += rows * text.num_attention_heads * length**2 * (size + 4)
+        per_layer += rows * text.num_attention_heads // head_parts * length**2 * (size + 4)
     num_layers, stream = len(backbone_layers(model)), num_tokens * text.hidden_size * residual
     layers = num_layers * stream + per_layer if is_checkpointed else num_layers * per_layer
     mask = rows * length**2 * size
@@ -204,12 +212,14 @@ def images_per_batch(config: Any, data: DataSettings) -> int:
     return data.rows_per_batch * max(1, data.row_length // (config.num_latents + AROUND_PICTURE + AROUND_EXAMPLE))
 
 
-def flops_per_step(model: OrthusForConditionalGeneration, data: DataSettings, run: RunSettings, lanes: int) -> dict[str, float]:
+def flops_per_step(
+    model: OrthusForConditionalGeneration, data: DataSettings, run: RunSettings, lanes: int, num_images: int | None = None
+) -> dict[str, float]:
     """Estimate by part: two operations per weight and position forward, as many for the gradients of inputs, and again for those
-    of weights that train. Attention is over whole rows."""
+    of weights that train. Attention is over whole rows. `num_images`: of all lanes; default: as many as there can be."""
     config, text = model.config, model.config.text_config
     num_tokens = lanes * data.rows_per_batch * data.row_length
-    num_images = lanes * images_per_batch(config, data)
+    num_images = lanes * images_per_batch(config, data) if num_images is None else num_images
     num_latents, layers = num_images * config.num_latents, backbone_layers(model)
     matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
     forward, learned = (2 * num_tokens * sum(p.numel() for p in matrices if p.requires_grad or every) for every in (True, False))
@@ -231,19 +241,25 @@ def flops_per_step(model: OrthusForConditionalGeneration, data: DataSettings, ru
 def encoder_flops(model: OrthusForConditionalGeneration) -> int:
     """Exact for matrix products and convolutions: of encoding one picture."""
     size = model.config.autoencoder_config.image_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.autoencoder.encode(torch.empty(1, 3, size, size, device=model.device))
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        AutoModel.from_config(model.config.autoencoder_config).encode(torch.empty(1, 3, size, size))
     return int(counter.get_total_flops())
 
 
 def resolve(run: RunSettings, hardware: Hardware) -> tuple[int, int]:
     """Processes and lanes. ValueError for numbers with which `fit` would refuse to start."""
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    processes = hardware.processes or (launched if launched > 1 else (run.lanes or 1) if run.sharding != "no" else 1)
-    lanes = run.lanes or processes
-    if lanes % processes:
-        raise ValueError(f"{lanes} lanes cannot be shared by {processes} processes; set run.lanes to a multiple of {processes}, "
-                         f"or --processes to a number that divides {lanes}")  # fmt: skip
+    size = run.tensor_parallel
+    planned = size * ((run.lanes or 1) if run.sharding != "no" else 1)
+    processes = hardware.processes or (launched if launched > 1 else planned)
+    if processes % size:
+        raise ValueError(f"{processes} processes are no multiple of run.tensor_parallel={size}; give --processes that are")
+    groups = processes // size
+    lanes = run.lanes or groups
+    if lanes % groups:
+        shared, times = (f"{processes} processes", "") if size == 1 else (f"{groups} groups of {size} processes", f"{size} x ")
+        raise ValueError(f"{lanes} lanes cannot be shared by {shared}; set run.lanes to a multiple of {groups}, "
+                         f"or --processes to {times}a number that divides {lanes}")  # fmt: skip
     if run.sharding != "no" and processes == 1:
         raise ValueError(f"run.sharding={run.sharding} needs processes to shard over; give --processes above 1, or sharding=no")
     return processes, lanes
@@ -291,7 +307,7 @@ def dry_run(
     memory, place = present_memory(run, processes)
     if hardware.memory is not None:
         memory, place = int(hardware.memory * GIB), "--memory"
-    print(f"\nmemory of each of {processes} processes, sharding={run.sharding}, in GiB")
+    print(f"\nmemory of each of {processes} processes, sharding={run.sharding}, tensor_parallel={run.tensor_parallel}, in GiB")
     for name, size in taken.items():
         estimate = "" if name in kept else "  (estimate)"
         print(f"  {name:<28}{size / GIB:>9.2f}{'  in the RAM' if name in hosted else estimate}")
@@ -322,7 +338,8 @@ def _work_lines(model: Any, data: DataSettings, run: RunSettings, processes: int
     flops = flops_per_step(model, data, run, lanes)
     total, device = sum(flops.values()), "cuda" if run.device.startswith("cuda") else "cpu"
     tflops = hardware.tflops or TFLOPS[device]
-    seconds = total / (processes * tflops * 1e12)
+    one_of_each_group = flops_per_step(cast(Any, part_of(model, run.tensor_parallel)), data, run, lanes)
+    seconds = sum(one_of_each_group.values()) / (processes // run.tensor_parallel * tflops * 1e12)
     by_part = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in flops.items())
     images = lanes * images_per_batch(model.config, data)
     source = "--tflops" if hardware.tflops else {"cuda": "40 % of an A100's peak", "cpu": "one core"}[device] + ", assumed"

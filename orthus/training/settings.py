@@ -57,6 +57,7 @@ class RunSettings:
     seed: int = 0
     lanes: int | None = None  # batches per optimiser step over all processes; null: as the checkpoint, or one per process
     sharding: Literal["no", "full", "offload"] = "no"  # FSDP2; offload: shards wait in the memory of the CPU
+    tensor_parallel: int = 1  # processes that split each linear layer of the backbone between them
     checkpoint_activations: bool = False  # keep only the inputs of the backbone's layers and compute the rest again
     compile: bool = False  # each layer of the backbone; needs a compiler
     loss_weights: dict[str, float] = dataclasses.field(default_factory=dict)  # of the model's terms, where another is wanted
@@ -64,16 +65,23 @@ class RunSettings:
     log_every: int = 10
     save_every: int = 250
     keep_checkpoints: int = 2
+    async_checkpoints: bool = False  # written in a thread, from a copy in the memory of the CPU, while training goes on
     sample_every: int = 0  # 0: never
+    eval_every: int = 0  # 0: never; else also at the end
+    eval_batches: int = 8  # of held-out data, over all processes
+    peak_flops: float | None = None  # of one device, for MFU; null: as in `reporting.PEAK_FLOPS`
+    tracker: Literal["no", "wandb", "trackio"] = "no"
     autocast: Literal["no", "bfloat16"] = "no"
     num_threads: int | None = None
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name in ("num_steps", "log_every", "save_every", "keep_checkpoints"):
+        for name in ("num_steps", "log_every", "save_every", "keep_checkpoints", "eval_batches", "tensor_parallel"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         _require(self, "lanes", self.lanes is None or self.lanes >= 1, "null or at least 1")
-        _require(self, "sample_every", self.sample_every >= 0, "at least 0 (0: never)")
+        for name in ("sample_every", "eval_every"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0 (0: never)")
+        _require(self, "peak_flops", self.peak_flops is None or self.peak_flops > 0, "null or operations per second, as 989e12")
         _require(self, "loss_weights", all(weight >= 0 for weight in self.loss_weights.values()), "numbers of at least 0")
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
         _require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "null or at least 1")

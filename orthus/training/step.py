@@ -11,10 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from orthus.training.checkpoint import TrainState, rank, world_size
+from orthus.training.checkpoint import TrainState
+from orthus.training.distributed import rank, world_size
 from orthus.training.optim import lr_factor, set_lr, update_ema
 from orthus.training.settings import OptimSettings, RunSettings
-from orthus.training.sharding import forget_touched, full_value, is_sharded, loss_factor, reached, touch
+from orthus.training.sharding import by_mesh, forget_touched, gradient_norm, loss_factor, reached, sum_gradients, touch
+from orthus.training.tensor_parallel import data_group
 
 Batch = dict[str, Any]
 
@@ -37,33 +39,37 @@ class Trainable(Protocol):
 
 
 def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
-    """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*`, `items`, and `grad_norm`."""
+    """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*`, `tokens`, `images`, and
+    `grad_norm`."""
     model, device = state.model, torch.device(run.device)
     weights = loss_weights(model, run)
-    counts = _global_counts(cast(Trainable, model), list(batches.values()))
-    totals = torch.zeros(2 * len(weights) + 1, dtype=torch.float64, device=device)  # sums, counts, items
+    group = data_group(state.mesh)
+    counts = _global_counts(cast(Trainable, model), list(batches.values()), group)
+    totals = torch.zeros(2 * len(weights) + 2, dtype=torch.float64, device=device)  # sums, counts, tokens, images
     watched = torch.zeros(len(diagnostics(model)), 2, dtype=torch.float64, device=device)
     used = reached(model, 0)
     for lane, batch in batches.items():
         torch.manual_seed(noise_seed(run.seed, state.step, lane))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
-            output = model(**_to_device(batch, device))
+            output = model(**to_device(batch, device))
         terms = [weights[k] / counts[k] * output.loss_sums[k] for k in weights if counts[k] and k in output.loss_sums]
         used = torch.maximum(used, reached(model, sum(terms)))
         loss = cast(Tensor, sum(terms, touch(model)))
         if isinstance(loss, Tensor) and loss.requires_grad:
-            (loss * loss_factor(model)).backward()
-        totals += _totals(output, weights, batch, device)
+            (loss * loss_factor(model, run)).backward()
+        totals += batch_totals(output, weights, batch, device)
         watched += 0 if len(watched) == 0 else output.diagnostics.to(watched)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if world_size() > 1:
-        _sum_gradients([p for p in parameters if not is_sharded(p)])
-        dist.all_reduce(totals)
-        dist.all_reduce(watched)
+        sum_gradients(model, group)
+        dist.all_reduce(totals, group=group)
+        dist.all_reduce(watched, group=group)
     forget_touched(model, used)
     is_logged = (state.step + 1) % run.log_every == 0 or state.step + 1 == run.num_steps
     by_part = grad_norms(model) if is_logged else {}
-    grad_norm = full_value(nn.utils.clip_grad_norm_(parameters, optim.clip_norm))
+    grad_norm = gradient_norm(parameters)
+    for shared_alike in by_mesh(parameters):
+        nn.utils.clip_grads_with_norm_(shared_alike, optim.clip_norm, grad_norm)
     record = _record(weights, counts, [*totals.tolist(), float(grad_norm)]) | by_part
     for name, (total, count) in zip(diagnostics(model), watched.tolist(), strict=True):
         record |= {f"watched/{name}": total, f"watched_count/{name}": count}
@@ -88,9 +94,8 @@ def grad_norms(model: nn.Module) -> dict[str, float]:
     """`grad_norm/*`: norms of the gradients of the model's parts before they are clipped."""
     norms = {}
     for name, part in model.named_children():
-        gradients = [p.grad for p in part.parameters() if p.grad is not None]
-        if gradients:
-            norms[f"grad_norm/{name}"] = float(full_value(nn.utils.get_total_norm(gradients)))
+        if any(p.grad is not None for p in part.parameters()):
+            norms[f"grad_norm/{name}"] = float(gradient_norm(part.parameters()))
     return norms
 
 
@@ -111,7 +116,7 @@ def noise_seed(seed: int, step: int, lane: int) -> int:
 # -- the parts of a step -------------------------------------------------------------------------------------------
 
 
-def _global_counts(model: Trainable, batches: list[Batch]) -> dict[str, int]:
+def _global_counts(model: Trainable, batches: list[Batch], group: dist.ProcessGroup | None) -> dict[str, int]:
     """Targets of each loss term in the whole step, over all processes. Raises ValueError if there is none at all."""
     per_batch = [model.count_targets(batch) for batch in batches]
     names = list(model.loss_weights)
@@ -120,25 +125,25 @@ def _global_counts(model: Trainable, batches: list[Batch]) -> dict[str, int]:
         raise ValueError(f"count_targets names {sorted(unknown)}, but loss_weights has {names}; give each a weight")
     counts = torch.tensor([sum(int(c.get(name, 0)) for c in per_batch) for name in names], dtype=torch.int64)
     if world_size() > 1:
-        dist.all_reduce(counts)
+        dist.all_reduce(counts, group=group)
     if not counts.any():
         raise ValueError(f"no batch of the step has a target for any of {names}; check the labels of the loader")
     return dict(zip(names, counts.tolist(), strict=True))
 
 
-def _totals(output: Any, weights: dict[str, float], batch: Batch, device: torch.device) -> Tensor:
-    """Loss sums, loss counts and items (tokens, or images without tokens) of one batch, in the order of `weights`."""
+def batch_totals(output: Any, weights: dict[str, float], batch: Batch, device: torch.device) -> Tensor:
+    """Loss sums and loss counts of one batch in the order of `weights`, its tokens (padding too) and its pictures."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
     sums = [output.loss_sums.get(k, zero) for k in weights]
     counts = [output.loss_counts.get(k, zero) for k in weights]
-    values = [*sums, *counts, _num_items(batch)]
+    values = [*sums, *counts, batch["input_ids"].numel() if "input_ids" in batch else 0, _num_images(batch)]
     return torch.stack([torch.as_tensor(v, device=device).detach().to(torch.float64) for v in values])
 
 
-def _num_items(batch: Batch) -> int:
-    if "input_ids" in batch:
-        return int(batch["input_ids"].numel())
-    return next((len(value) for value in batch.values() if isinstance(value, Tensor)), 0)
+def _num_images(batch: Batch) -> int:
+    """Pictures that are seen or drawn. `image_latents`, where they are there, are those of all of them."""
+    pictures = batch.get("image_latents", batch.get("pixel_values"))
+    return 0 if pictures is None else len(pictures)
 
 
 def _record(weights: dict[str, float], counts: dict[str, int], totals: list[float]) -> dict[str, float]:
@@ -151,20 +156,7 @@ def _record(weights: dict[str, float], counts: dict[str, int], totals: list[floa
             )
     record = {f"sum/{name}": total for name, total in zip(weights, totals, strict=False)}
     record |= {f"count/{name}": float(counts[name]) for name in weights}
-    return record | {"items": totals[-2], "grad_norm": totals[-1]}
-
-
-def _sum_gradients(parameters: list[nn.Parameter]) -> None:
-    """Sum the gradients over all processes; a parameter without a gradient in every process keeps none."""
-    has_gradient = torch.tensor([float(p.grad is not None) for p in parameters])
-    dist.all_reduce(has_gradient)
-    used = [p for p, has in zip(parameters, has_gradient.tolist(), strict=True) if has]
-    if not used:
-        return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().float() for p in used])
-    dist.all_reduce(flat)
-    for p, summed in zip(used, flat.split([p.numel() for p in used]), strict=True):
-        p.grad = summed.view_as(p).to(p.dtype)
+    return record | {"tokens": totals[-3], "images": totals[-2], "grad_norm": totals[-1]}
 
 
 def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], run: RunSettings) -> None:
@@ -177,5 +169,5 @@ def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], r
     )
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -3,6 +3,7 @@
 #     sbatch --nodes 2 train/launch/slurm.sh train.posttrain configs/7b/instruct.yaml [key=value ...]
 # Ten minutes before the time limit every process gets SIGTERM: the run saves a checkpoint and the job goes back into the queue, where
 # the same command resumes it. On SIGTERM (scancel --batch --signal=TERM) it saves and is not queued again. Either way it exits with 143.
+# Where a process dies, torchrun starts all of them again and they resume, RESTARTS times (3).
 #SBATCH --job-name=orthus
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -28,7 +29,7 @@ PORT="${PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540  # torchrun would kill a run that saves for longer than half a minute
 
-srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" --rdzv-backend c10d \
+srun --kill-on-bad-exit=0 torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "$PROCESSES" --max-restarts "${RESTARTS:-3}" --rdzv-backend c10d \
     --rdzv-id "$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" --rdzv-endpoint "$MASTER:$PORT" -m "$@" &
 RUN=$!
 

@@ -3,7 +3,7 @@
 #     HOSTS="node1 node2" PROCESSES=8 bash train/launch/ssh.sh train.posttrain configs/7b/instruct.yaml [key=value ...]
 # The project lies under the same path on every host, with an installed environment, and runs/ on storage that they share.
 # Ctrl-C or SIGTERM here reaches every host: the run saves a checkpoint, and this ends with 143; the same command resumes. If one host
-# fails, the others are stopped.
+# fails more often than RESTARTS, the others are stopped.
 # ADDRESS: of the first host, as the others see it; PORT; TORCHRUN: its path on the hosts; SSH: the command that reaches them.
 set -euo pipefail
 if [ "$#" -lt 2 ] || [ -z "${HOSTS:-}" ]; then
@@ -14,6 +14,7 @@ read -r -a hosts <<<"$HOSTS"
 ADDRESS="${ADDRESS:-${hosts[0]}}"
 PORT="${PORT:-29500}"
 PROCESSES="${PROCESSES:-1}"  # per host
+RESTARTS="${RESTARTS:-3}"  # of all processes, where one died
 TORCHRUN="${TORCHRUN:-.venv/bin/torchrun}"
 SSH="${SSH:-ssh -o BatchMode=yes -o ServerAliveInterval=30}"
 DIRECTORY="${DIRECTORY:-$PWD}"
@@ -21,7 +22,7 @@ ID="$(hostname)-$$"
 
 started=()
 for rank in "${!hosts[@]}"; do
-    command=("$TORCHRUN" --nnodes "${#hosts[@]}" --node-rank "$rank" --nproc-per-node "$PROCESSES"
+    command=("$TORCHRUN" --nnodes "${#hosts[@]}" --node-rank "$rank" --nproc-per-node "$PROCESSES" --max-restarts "$RESTARTS"
         --master-addr "$ADDRESS" --master-port "$PORT" -m "$@")
     script="cd $(printf %q "$DIRECTORY") && mkdir -p runs && echo \$\$ > runs/.launch-$ID-$rank"
     script+=" && export OMP_NUM_THREADS=${OMP_NUM_THREADS:-8} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600 && exec$(printf ' %q' "${command[@]}")"
