@@ -134,6 +134,8 @@ def ask(
     order = [request.key for request in requests]
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        for unfinished in folder.rglob(".*.tmp"):  # of a killed run
+            unfinished.unlink()
         _merge(folder, task, order)
     barrier()
     answers = _read_answers(folder, task)

@@ -33,14 +33,24 @@ def from_command_line(cls: Callable[..., T], argv: Sequence[str], description: s
     return provenance.from_command_line(cls, argv, description)
 
 
-def generate(cls: Callable[..., T], argv: Sequence[str], description: str, ask: Callable[[Any, Any, T], Any]) -> T | None:
-    """Read the settings of `argv`, load their model and `ask` it, in every process that torchrun started. None after --help."""
+def generate(
+    cls: Callable[..., T],
+    argv: Sequence[str],
+    description: str,
+    ask: Callable[[Any, Any, T], Any],
+    then: Callable[[T], Any] | None = None,
+) -> T | None:
+    """Read the settings of `argv`, load their model, `ask` it, and do what comes `then`, in every process that torchrun started;
+    returns when all are done. None after --help."""
     settings: Any = from_command_line(cls, argv, description)
     if settings is None:
         return None
     from eval.loading import load
-    from orthus.training.distributed import joined
+    from orthus.training.distributed import barrier, joined
 
     with joined(settings.loading.device):
         ask(*load(settings.model, settings.loading), settings)
+        if then is not None:
+            then(settings)
+        barrier()
     return settings

@@ -114,8 +114,8 @@ def round_trips(
 def fidelity(before: Tensor, after: Tensor) -> tuple[list[float], list[float]]:
     """PSNR in dB and SSIM (Gaussian window of 11, sigma 1.5) of each RGB picture, uint8 `(N, 3, H, W)`, through torchmetrics.
 
-    The PSNR of a picture that came back exactly is infinite. SSIM is right to 2e-4: in single precision, flat parts cancel; double
-    precision takes twelve times as long.
+    The PSNR of a picture that came back exactly is infinite. SSIM is right to 2e-4, as flat parts cancel in single precision
+    (double takes twelve times as long).
     """
     image = engines.engine("torchmetrics.functional.image")
     shown, given = before.float() / 255, after.float() / 255

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,3 +132,27 @@ def test_saved_settings_read_back_the_same(path: Path, tmp_path: Path) -> None:
 def test_differences_name_keys() -> None:
     old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 4}, "e": 5}
     assert differences(old, new) == ["a.c 2 -> 4", "d 3 -> None", "e None -> 5"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    size: int
+    name: str = "a"
+
+
+@dataclasses.dataclass(frozen=True)
+class Middle:
+    inner: Inner = Inner(3, "b")
+    rate: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+    middle: Middle = Middle(Inner(5, "c"), 2.0)
+
+
+def test_a_part_that_is_named_in_part_keeps_its_other_defaults() -> None:
+    assert load_settings(Outer, os.devnull, ["middle.inner.name=d"]) == Outer(Middle(Inner(5, "d"), 2.0))
+    assert load_settings(Middle, os.devnull, ["inner.size=4"]) == Middle(Inner(4, "b"))
+    with pytest.raises(ValueError, match=r"missing key 'size'; Inner needs it"):
+        load_settings(Inner, os.devnull, ["name=d"])

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,25 +83,30 @@ def grade(args: argparse.Namespace) -> None:
         print(f"process {rank}: own share graded, others are not done yet")
 
 
-def draw(args: argparse.Namespace) -> Any:
+def draw(args: argparse.Namespace) -> None:
+    _draw(args.settings)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, grade and report, with the detector of the settings."""
+
+    def judge(settings: Any) -> None:
+        options = ["grade", settings.output, "--detector", settings.detector, "--device", settings.loading.device]
+        grade(arguments().parse_args(options))
+
+    settings = _draw(args.settings, judge)
+    if settings is not None and is_first():
+        report(arguments().parse_args(["report", settings.output]))
+
+
+def _draw(argv: Sequence[str], then: Callable[[Any], None] | None = None) -> Any:
     from eval.geneval.generate import Settings, prompt_set
     from eval.geneval.generate import draw as draw_all
 
     def ask(model: Any, processor: Any, settings: Settings) -> None:
         draw_all(model, processor, *prompt_set(settings.prompts, settings.num_per_task, settings.held_out), settings)
 
-    return generate(Settings, args.settings, "Draw the pictures of GenEval's prompts.", ask)
-
-
-def run(args: argparse.Namespace) -> None:
-    """Draw, grade and report, with the detector of the settings."""
-    settings = draw(args)
-    if settings is None:
-        return
-    options = ["grade", settings.output, "--detector", settings.detector, "--device", settings.loading.device]
-    grade(arguments().parse_args(options))
-    if is_first():
-        report(arguments().parse_args(["report", settings.output]))
+    return generate(Settings, argv, "Draw the pictures of GenEval's prompts.", ask, then)
 
 
 def report(args: argparse.Namespace) -> None:

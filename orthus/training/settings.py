@@ -211,7 +211,8 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r}: {text!r} is not a valid YAML value") from error
 
 
-def _build(cls: type[T], raw: Any, prefix: str) -> T:
+def _build(cls: type[T], raw: Any, prefix: str, base: Any = None) -> T:
+    """`base`: what holds where `raw` names nothing, as the default of a field does that is settings itself."""
     assert dataclasses.is_dataclass(cls), cls
     if not isinstance(raw, dict):
         raise _wrong(prefix, raw, f"a mapping with the keys of {cls.__name__}")
@@ -219,12 +220,18 @@ def _build(cls: type[T], raw: Any, prefix: str) -> T:
     for key in raw:
         if key not in fields:
             raise ValueError(f"unknown key {_join(prefix, key)!r}{_suggestion(prefix, str(key), list(fields))}")
-    missing = [name for name, field in fields.items() if name not in raw and _is_required(field)]
+    missing = [name for name, field in fields.items() if base is None and name not in raw and _is_required(field)]
     if missing:
         names = ", ".join(repr(_join(prefix, name)) for name in missing)
         raise ValueError(f"missing key {names}; {cls.__name__} needs it")
     hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(hints[key], value, _join(prefix, key)) for key, value in raw.items()})
+    values = {}
+    for key, value in raw.items():
+        own = fields[key].default if base is None else getattr(base, key)
+        is_nested = isinstance(own, hints[key]) if dataclasses.is_dataclass(hints[key]) else False
+        name = _join(prefix, key)
+        values[key] = _build(hints[key], value, name, own) if is_nested else _convert(hints[key], value, name)
+    return typing.cast(T, cls(**values) if base is None else dataclasses.replace(base, **values))
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
