@@ -36,7 +36,8 @@ eval: $(VENV)/.installed  ## score the shipped checkpoint again
 	$(BIN)/python -m eval.small_world model=checkpoints/orthus-small output=runs/eval-small
 	$(BIN)/python -m eval.report --run runs/eval-small --html runs/eval-small/report.html
 	$(BIN)/python -m eval.report --results checkpoints/orthus-small/results.json --beside docs/results/*.json \
-		--speed docs/results/speed/*.json --solvers docs/results/solvers/*.json --markdown docs/RESULTS.md
+		--measured docs/results/measured/*.json --speed docs/results/speed/*.json \
+		--solvers docs/results/solvers/*.json --markdown docs/RESULTS.md
 
 clean:
 	rm -rf runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -73,10 +73,6 @@ class Settings(generate.Settings):
         if self.num_resamples < 1:
             raise ValueError(f"num_resamples={self.num_resamples}; give at least 1")
 
-    @property
-    def device(self) -> str:
-        return self.loading.device
-
 
 def has_abstained(text: str) -> bool:
     """Whether an answer says that it is not known."""

@@ -67,6 +67,12 @@ def check_manifest(folder: Path, settings: Any, free: Sequence[str] = ("output",
     keep_manifest(folder, {"settings": kept, "weights_sha256": weights_hash(model_folder(settings.model))})
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """Where the answers in a folder come from; {} where nothing says so, as in folders of other programs."""
+    path = folder / "provenance.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def keep_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write `folder/manifest.json` in the first process. Raises ValueError, naming what differs, if there is another one."""
     path = folder / "manifest.json"

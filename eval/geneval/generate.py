@@ -11,8 +11,8 @@ from typing import Any, Literal
 from eval.answers import Answer, Decoding, Request, ask
 from eval.geneval.prompts import Item, lines_sha256, metadata_lines, official_lines
 from eval.loading import ModelSettings
-from eval.provenance import keep_manifest, model_folder, weights_hash
-from eval.whole_files import write_text
+from eval.provenance import keep_manifest, model_folder, provenance, weights_hash
+from eval.whole_files import write_json, write_text
 from orthus.data.world.benchmark import small_geneval_items
 from orthus.training.distributed import barrier, rank
 from orthus.training.settings import to_dict
@@ -42,6 +42,10 @@ class Settings:
     decoding: Decoding = Decoding("image", guidance=5.0, max_images=1)
     loading: ModelSettings = ModelSettings()
     detector: Literal["hf", "world"] = "hf"
+
+    @property
+    def device(self) -> str:
+        return self.loading.device
 
     def __post_init__(self) -> None:
         for name in ("num_samples", "num_per_task", "batch_size"):
@@ -130,4 +134,6 @@ def draw(model: Any, processor: Any, name: str, items: Sequence[Item], settings:
     bare = [key for key, answer in answers.items() if len(answer.stored) != 1]
     if bare:
         raise ValueError(f"{len(bare)} answers hold no picture (the first: {bare[0]}); look at {folder / task}.jsonl")
+    if rank() == 0:
+        write_json(folder / "provenance.json", provenance(settings, "eval.geneval"))
     return answers

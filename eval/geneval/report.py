@@ -13,6 +13,7 @@ from eval.comparison import differences, table
 from eval.geneval.records import Record, read_results
 from eval.geneval.summary import intervals, published_summary
 from eval.page import Sample, Table, first_of_each, page
+from eval.provenance import read_provenance
 from eval.statistics import Task, interval_text
 from eval.whole_files import write_json, write_text
 
@@ -58,7 +59,8 @@ def report(folder: Path) -> dict[str, Any]:
     for (tag, kind), number in sorted(kinds.items()):
         failures.setdefault(tag, {})[kind] = number
     floors = floors_of(results) if str(manifest.get("prompt_set")).startswith("small") else {}
-    return {**named, **scores, "intervals": cells, "failures": failures, "floors": floors, "manifest": manifest}
+    found = {"intervals": cells, "failures": failures, "floors": floors}
+    return {**named, **scores, **found, "manifest": manifest, "provenance": read_provenance(folder)}
 
 
 def floors_of(results: Sequence[Record]) -> dict[str, dict[str, float]]:

@@ -17,7 +17,8 @@ from eval.loading import ModelSettings
 from eval.mme.files import write_answer_files
 from eval.mme.grading import PARSERS, Record
 from eval.mme.items import PROMPT_STYLES, Item, open_items, small_world_items
-from eval.provenance import keep_manifest, model_folder, weights_hash
+from eval.provenance import keep_manifest, model_folder, provenance, weights_hash
+from eval.whole_files import write_json
 from orthus.training.distributed import barrier, rank
 from orthus.training.settings import to_dict
 
@@ -49,6 +50,10 @@ class Settings:
     batch_size: int = 64
     decoding: Decoding = Decoding("text", max_new_tokens=128)
     loading: ModelSettings = ModelSettings()
+
+    @property
+    def device(self) -> str:
+        return self.loading.device
 
     def __post_init__(self) -> None:
         for name in ("num_images", "batch_size"):
@@ -113,6 +118,7 @@ def answer(model: Any, processor: Any, items: Sequence[Item], settings: Settings
         said = final_answer(answers[request.key].text, settings.answer_after)
         records.setdefault(item.subtask, []).append(item.record(said))
     if rank() == 0:
+        write_json(folder / "provenance.json", provenance(settings, "eval.mme"))
         num_changed = write_answer_files(folder / ANSWERS, records)
         if num_changed:
             print(f"{num_changed} answers held tabs or line ends, which are spaces in {folder / ANSWERS}")

@@ -16,6 +16,7 @@ from eval.mme.grading import PARSERS, Pair, grade_pairs, image_scores, read_trut
 from eval.mme.items import Item
 from eval.mme.results import GROUPS, result_of
 from eval.page import Sample, Table, first_of_each, page
+from eval.provenance import read_provenance
 from eval.statistics import Task, interval_text
 from eval.whole_files import write_bytes, write_json, write_text
 
@@ -35,7 +36,11 @@ def read_run(folder: Path) -> tuple[dict[str, Any], AnswerFiles]:
 def write_report(folder: Path, items: Sequence[Item], parser: str, command: str, per_kind: int = 24) -> Path:
     """`report.json` and `report.html` of a run on `items`; returns the page."""
     manifest, files = read_run(folder)
-    result = result_of(files.pairs, parser) | {"warnings": files.warnings, "manifest": manifest}
+    result = result_of(files.pairs, parser) | {
+        "warnings": files.warnings,
+        "manifest": manifest,
+        "provenance": read_provenance(folder),
+    }
     write_json(folder / "report.json", result)
     samples = first_of_each(_samples(files.pairs, parser), per_kind)
     shown = _with_pictures(samples, items, folder / "shown")
