@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -353,7 +353,7 @@ def _work_lines(model: Any, data: DataSettings, run: RunSettings, processes: int
 
 
 def _print_disk(model: OrthusForConditionalGeneration, run: RunSettings, optim: OptimSettings) -> None:
-    whole = state_bytes(model, run, optim, 1)
+    whole = state_bytes(model, replace(run, sharding="no", tensor_parallel=1), optim, 1)
     checkpoint = sum(size for name, size in whole.items() if name != "gradients")
     most = (run.keep_checkpoints + 1) * checkpoint + whole["weights"]
     print(f"\ndisk, in GiB: a checkpoint {checkpoint / GIB:.2f}, final/ {whole['weights'] / GIB:.2f}; at most {most / GIB:.2f} "

@@ -95,10 +95,12 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def part_of(model: nn.Module, num_parts: int) -> nn.Module:
-    """A copy of a model on the meta device, whose split layers have the sizes of what one process holds. ValueError as
-    [`layer_styles`]."""
+    """A copy of a model (on the meta device) whose split layers have the sizes of what one process holds; the model itself for
+    one part. ValueError as [`layer_styles`]."""
+    if num_parts == 1:
+        return model
     part = copy.deepcopy(model)
-    for name, style in layer_styles(model, num_parts).items() if num_parts > 1 else ():
+    for name, style in layer_styles(model, num_parts).items():
         module = cast(nn.Module, part.backbone).get_submodule(name)
         for kind, p in module.named_parameters(recurse=False):
             shape = list(p.shape)
