@@ -301,7 +301,7 @@ def run_stage(folder: Path, *overrides: str) -> Autoencoder:
 def test_train_goes_on_from_any_autoencoder(make: Any, frozen: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[Tensor] = []  # calibration that training starts with
     fit = stage.fit
-    monkeypatch.setattr(stage, "fit", lambda model, *rest: (before.append(model.latent_std.clone()), fit(model, *rest)))
+    monkeypatch.setattr(stage, "fit", lambda model, *a, **k: (before.append(model.latent_std.clone()), fit(model, *a, **k)))
     first = make()
     first.save_pretrained(tmp_path / "start")
     trained = run_stage(
