@@ -95,6 +95,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     note = (
         f"{result['total_images']} pictures of {result['total_prompts']} prompts: {result['pct_correct_images']:.1%} right, "
         f"{result['pct_correct_prompts']:.1%} of prompts with at least one right. Judged by {judge}.{part}"
+        + (" The columns on the right are what pictures score that ignore a part of the prompt." if floors else "")
     )
     kinds = [kind for kind in (*BUCKETS, "other") if any(kind in tag for tag in result["failures"].values())]
     failures = [["task", *kinds]]
