@@ -1,7 +1,8 @@
-"""The backbone's side of decoding: rows of all guidance streams with one mask, one cache and their positions.
+"""The backbone's side of decoding: lines (a line is one stream of one row) with one mask, one cache and their positions.
 
-Rows are stream-major. A stream that restarts at each image (guidance) hides the columns after its prompt and starts its positions
-again, so one cache serves all rows and streams.
+The lines of prompts that are read together are stream-major. A stream that restarts at each image (guidance) hides the columns
+after its prompt and starts its positions again, so one cache serves all rows and streams. Positions are explicit, so lines may be
+joined: the newest columns of both become one, and what is left of the shorter ones is hidden.
 """
 
 import warnings
@@ -43,6 +44,22 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         return self.keys, self.values
 
+    def join(self, other: "GrowingLayer") -> None:
+        """Put the rows of `other` below, last columns aligned; the shorter ones get zeros on the left."""
+        assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
+        width = max(self.get_seq_length(), other.get_seq_length())
+        self.keys, self.values = (
+            torch.cat([torch.nn.functional.pad(held, (0, 0, width - held.shape[-2], 0)) for held in pair])
+            for pair in ((self.keys, other.keys), (self.values, other.values))
+        )
+        self.room = None
+
+    def keep(self, rows: list[int], first: int) -> None:
+        """Forget all but some rows and the columns from `first` on."""
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self.keys[rows, :, first:], self.values[rows, :, first:]
+        self.room = None
+
 
 def _room(held: Tensor, new: Tensor, known: int, total: int) -> Tensor:
     """Space for more than `total` columns like those of `new`, the `known` first ones filled from `held`."""
@@ -59,6 +76,14 @@ def growing_cache(config: Any) -> DynamicCache:
     return cache
 
 
+def lines_may_join(config: Any) -> bool:
+    """Whether lines that were read apart may share a cache: every layer keeps all columns (no sliding windows, no recurrent
+    layers), and no line's positions are encoded according to the longest one."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type") for rope in (ropes, *ropes.values()) if isinstance(rope, dict)}
+    return all(type(layer) is GrowingLayer for layer in growing_cache(config).layers) and not kinds & {"dynamic", "longrope"}
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One stream's prompts, `(B, P)`, left-padded, with the latents of their images `(N, L, C)`."""
@@ -69,7 +94,7 @@ class Prompt:
 
 
 class BackboneRows:
-    """Feeds embeddings of `B` rows in each of several streams and returns the hidden states of their last position.
+    """Feeds embeddings of the lines of `B` rows in each of several streams and returns the hidden states of their last position.
 
     `acceleration`: `"compile"` and `"graph"` keep a static cache, which grows by blocks. `may_fall_back`: do without where the
     backbone does not allow that, and, with a warning, where a graph cannot be captured.
@@ -94,6 +119,7 @@ class BackboneRows:
         self.mask = torch.nn.functional.pad(known, (0, max_new_positions + ways.WARM_UP_CALLS))
         self.prompt_lengths = known.sum(-1)
         self.positions = self.prompt_lengths.clone()
+        self.prompt_ends = [self.width] * len(known)  # columns
         self.num_columns = self.width
         self.capacity = 0  # columns of the static cache
         self.cache: Any = growing_cache(model.config.text_config)
@@ -127,31 +153,56 @@ class BackboneRows:
         return hidden[copies].unflatten(0, (self.num_streams, self.num_rows))
 
     def feed(self, embeddings: Tensor, visible: Tensor) -> Tensor:
-        """One or more columns `embeddings` `(B, T, D)`, for all streams alike, seen from now on where `visible` `(streams, B)`.
-        Returns hidden states `(streams, B, D)` of the last of them."""
-        added, seen = embeddings.shape[1], visible.flatten()
-        self.mask[:, self.num_columns : self.num_columns + added] = seen.unsqueeze(-1)
-        positions = self.positions.unsqueeze(-1) + torch.arange(added, device=seen.device)
-        self.positions = self.positions + added * seen
+        """One or more columns `embeddings` `(lines, T, D)`, seen from now on by the lines that are `visible` `(lines,)`. Returns
+        hidden states `(lines, D)` of the last of them."""
+        added = embeddings.shape[1]
+        self.mask[:, self.num_columns : self.num_columns + added] = visible.unsqueeze(-1)
+        positions = self.positions.unsqueeze(-1) + torch.arange(added, device=visible.device)
+        self.positions = self.positions + added * visible
         self.num_columns += added
         if self.is_static and self.num_columns + ways.WARM_UP_CALLS > self.capacity:
             self._grow(self.num_columns - added)
-        embeddings = embeddings.repeat(self.num_streams, 1, 1)
         if not self.is_static:
-            hidden = _forward(self.model.backbone, self.cache, self.mask[:, : self.num_columns], embeddings, positions)
-        elif added > 1:
-            hidden = _forward(self.model.backbone, self.cache, self.mask[:, : self.capacity], embeddings, positions)
-        else:
-            graphs = self.graphs
-            hidden = self._step(embeddings, positions) if graphs is None else self._replay(graphs, embeddings, positions)
-        return hidden.unflatten(0, (self.num_streams, self.num_rows))
+            return _forward(self.model.backbone, self.cache, self.mask[:, : self.num_columns], embeddings, positions)
+        if added > 1:
+            return _forward(self.model.backbone, self.cache, self.mask[:, : self.capacity], embeddings, positions)
+        graphs = self.graphs
+        return self._step(embeddings, positions) if graphs is None else self._replay(graphs, embeddings, positions)
 
-    def restart(self, index: int) -> None:
-        """Let the guidance streams of a row forget all but their prompt."""
-        for stream in range(1, self.num_streams):
-            row = stream * self.num_rows + index
-            self.mask[row, self.width : self.num_columns] = 0
-            self.positions[row] = self.prompt_lengths[row]
+    def restart(self, lines: list[int]) -> None:
+        """Let guidance streams forget all but their prompts."""
+        for line in lines:
+            self.mask[line, self.prompt_ends[line] : self.num_columns] = 0
+            self.positions[line] = self.prompt_lengths[line]
+
+    @property
+    def can_be_joined(self) -> bool:
+        return all(type(layer) is GrowingLayer for layer in self.cache.layers)
+
+    def join(self, other: "BackboneRows") -> None:
+        """Take over the lines of `other`, which come after those that are here."""
+        assert self.can_be_joined and other.can_be_joined
+        for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
+            layer.join(new)
+        width = max(self.num_columns, other.num_columns)
+        total = width + max(len(rows.mask[0]) - rows.num_columns for rows in (self, other))
+        masks, ends = [], list[int]()
+        for rows in (self, other):
+            left = width - rows.num_columns
+            masks.append(torch.nn.functional.pad(rows.mask, (left, total - left - rows.mask.shape[1])))
+            ends += [end + left for end in rows.prompt_ends]
+        self.mask, self.prompt_ends, self.num_columns = torch.cat(masks), ends, width
+        self.positions = torch.cat([self.positions, other.positions])
+        self.prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+
+    def keep(self, lines: list[int]) -> None:
+        """Forget all other lines, and the columns on the left that none of these sees."""
+        first = int(self.mask[lines].any(0).long().argmax())
+        for layer in self.cache.layers:
+            layer.keep(lines, first)
+        self.mask, self.prompt_ends = self.mask[lines, first:], [self.prompt_ends[line] - first for line in lines]
+        self.positions, self.prompt_lengths = self.positions[lines], self.prompt_lengths[lines]
+        self.num_columns -= first
 
     def _step(self, embeddings: Tensor, positions: Tensor) -> Tensor:
         """A step on the static cache; reads nothing that moves."""

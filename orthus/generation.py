@@ -21,8 +21,9 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from orthus import decoding
 from orthus.backbone_rows import Prompt
-from orthus.decoding import DecodingLoop, Drawing, Limits, RandomChoice, Row, Writing, banned_ids
+from orthus.continuation import Continuation, Drawing, Limits, RandomChoice, Row, Writing, banned_ids
 from orthus.sampling import EXACT, Sampling
 
 if TYPE_CHECKING:
@@ -131,16 +132,16 @@ class OrthusGenerationMixin(GenerationMixin):
         streams = [prompt]
         if image_guidance is not None:
             negative = (image_negative_input_ids, image_negative_attention_mask)
-            streams.append(_stream("image_guidance", *negative, prompt, num_return_sequences, prompt.image_latents))
+            streams.append(guidance_stream("image_guidance", *negative, prompt, num_return_sequences, prompt.image_latents))
         if guidance != 1.0 or text_guidance != 1.0 or image_guidance is not None:
             negative = (negative_input_ids, negative_attention_mask)
-            streams.append(_stream("guidance", *negative, prompt, num_return_sequences, None))
+            streams.append(guidance_stream("guidance", *negative, prompt, num_return_sequences, None))
         if max_images is None and noise is not None and noise.ndim == 4 and modality != "text":
             max_images = noise.shape[1]
-        limits = _limits(model, modality, max_new_tokens, max_images, force_image, streams)
-        drawing = Drawing(guidance, image_guidance, sampling, noise, generator, image_prefix, acceleration)
+        limits = limits_for(model, modality, max_new_tokens, max_images, force_image, streams)
+        drawing = Drawing(guidance, image_guidance, sampling, noise, generator, image_prefix)
         _check_draws(model, drawing, len(prompt.input_ids), limits)
-        processors = LogitsProcessorList([*(logits_processor or ()), *_warpers(do_sample, temperature, top_k, top_p, min_p)])
+        processors = LogitsProcessorList([*(logits_processor or ()), *warpers(do_sample, temperature, top_k, top_p, min_p)])
         choice = RandomChoice(generator) if do_sample else None
         if choice and text_options.get("num_beams", 1) != 1:
             raise ValueError(f"num_beams={text_options['num_beams']} with do_sample=True is not supported; drop one of them")
@@ -154,8 +155,8 @@ class OrthusGenerationMixin(GenerationMixin):
             remedy = "; ".join(meant) or "drop them"
             raise ValueError(f"options {sorted(text_options)} are for modality='text' without text_guidance only; {remedy}")
         writing = Writing(processors, StoppingCriteriaList(stopping_criteria or ()), choice, text_guidance, streamer)
-        rows = DecodingLoop(model, streams, limits, drawing, writing).run(on_position)
-        return _output(model, rows, decode)
+        rows = decoding.run(model, Continuation(model.config, streams, limits, drawing, writing, on_position), acceleration)
+        return output_of(model, rows, decode)
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -201,7 +202,7 @@ def _sampling(preset: str | None, options: dict[str, Any]) -> tuple[Sampling, di
     return replace(EXACT if preset else Sampling(), **given), {k: v for k, v in options.items() if k not in names}
 
 
-def _warpers(do_sample: bool, temperature: float, top_k: int, top_p: float, min_p: float) -> list[Any]:
+def warpers(do_sample: bool, temperature: float, top_k: int, top_p: float, min_p: float) -> list[Any]:
     """What turns scores into those that are sampled from, in the order of `transformers`."""
     if not do_sample:
         return []
@@ -300,7 +301,9 @@ def _checked_mask(name: str, ids: Tensor, mask: Tensor | None) -> Tensor:
     return mask
 
 
-def _stream(name: str, ids: Tensor | None, mask: Tensor | None, prompt: Prompt, times: int, latents: Tensor | None) -> Prompt:
+def guidance_stream(
+    name: str, ids: Tensor | None, mask: Tensor | None, prompt: Prompt, times: int, latents: Tensor | None
+) -> Prompt:
     """A guidance stream for every row of `prompt`; its own prompt may be given once for all, or once per prompt."""
     if ids is None:
         prefix = "image_negative" if name == "image_guidance" else "negative"
@@ -313,7 +316,7 @@ def _stream(name: str, ids: Tensor | None, mask: Tensor | None, prompt: Prompt, 
     return Prompt(ids.repeat_interleave(repeats, 0).to(device), mask.repeat_interleave(repeats, 0).to(device), latents)
 
 
-def _limits(
+def limits_for(
     model: "OrthusForConditionalGeneration",
     modality: str,
     max_new_tokens: int | None,
@@ -374,7 +377,7 @@ def _check_draws(model: "OrthusForConditionalGeneration", drawing: Drawing, num_
         raise ValueError(f"noise has shape {shape}, expected (num_rows, num_images, num_latents, latent_dim) = {expected}")
 
 
-def _output(model: "OrthusForConditionalGeneration", rows: list[Row], decode: bool) -> OrthusGenerateOutput:
+def output_of(model: "OrthusForConditionalGeneration", rows: list[Row], decode: bool) -> OrthusGenerateOutput:
     config, device = model.config, model.lm_head.weight.device
     width = max(len(row.tokens) for row in rows)
     sequences = torch.full((len(rows), width), config.pad_token_id, device=device)

@@ -69,6 +69,7 @@ class Sampling:
             raise ValueError("step_schedule='linear' or 'cosine' and last_diffusion_steps come together; give both or neither")
         if self.guidance_interval is None or len(self.guidance_interval) != 2:
             raise ValueError(f"guidance_interval={self.guidance_interval} is no pair of numbers; (0, 1) guides throughout")
+        object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))  # a list would have no hash
         low, high = self.guidance_interval
         if not 0 <= low <= high <= 1:
             raise ValueError(f"guidance_interval={self.guidance_interval} is no interval within [0, 1]")
@@ -91,12 +92,17 @@ class _Plan:
 
 
 class LatentSampler:
-    """Draws latents with one head and one set of options; weights must not change while it is in use."""
+    """Draws latents with one head and one set of options; weights must not change while it is in use.
 
-    def __init__(self, head: "DiffusionHead", sampling: Sampling, acceleration: str = "packed") -> None:
+    core: that of another sampler of the same head and acceleration, so that weights are packed once.
+    """
+
+    def __init__(
+        self, head: "DiffusionHead", sampling: Sampling, acceleration: str = "packed", core: "DiffusionHead | None" = None
+    ) -> None:
         self.head, self.asked, self.sampling = head, sampling, head.resolve(sampling)
         self.may_look_ahead = acceleration == "packed" and head.input_proj.weight.device.type == "cpu"
-        self.core: DiffusionHead = packed_copy(head) if acceleration == "packed" else head
+        self.core: DiffusionHead = core or (packed_copy(head) if acceleration == "packed" else head)
         self.denoise = compiled(head.denoise) if acceleration == "compile" else self.core.denoise
         is_captured = acceleration == "graph" or (acceleration == "compile" and head.input_proj.weight.is_cuda)
         self.graphs = Graphs() if is_captured else None

@@ -73,7 +73,7 @@ class SegmentStreamer:
         self,
         model: OrthusForConditionalGeneration,
         processor: OrthusProcessor,
-        emit: Callable[["Event"], None],
+        emit: Callable[[TextPiece | ImagePreview], None],
         preview_every: int = 0,
         check: Callable[[], None] = lambda: None,
     ) -> None:
@@ -82,12 +82,13 @@ class SegmentStreamer:
         self.model, self.processor, self.emit, self.check = model, processor, emit, check
         self.preview_every = preview_every
         self.rows: list[_Row] | None = None
+        self.pictures: list[list[Tensor]] = []  # of each row, the whole ones: (3, H, W), about [-1, 1]
 
     def put(self, value: Tensor) -> None:
         """The prompt `(B, P)` first, then ids `(B,)`: one of every row."""
         self.check()
         if self.rows is None:
-            self.rows = [_Row() for _ in range(len(value))]
+            self.rows, self.pictures = [_Row() for _ in range(len(value))], [[] for _ in range(len(value))]
             return
         for index, token in enumerate(value.tolist()):
             self._hear(index, self.rows[index], token)
@@ -100,8 +101,11 @@ class SegmentStreamer:
             row.latents.append(latent)
             is_final = len(row.latents) == config.num_latents
             if is_final or (self.preview_every and len(row.latents) % self.preview_every == 0):
-                self.emit(ImagePreview(index, row.num_images, len(row.latents), is_final, self._preview(row.latents)))
+                pixels = self._pixels(row.latents)
+                picture = self.processor.image_processor.postprocess(pixels)[0]
+                self.emit(ImagePreview(index, row.num_images, len(row.latents), is_final, picture))
             if is_final:
+                self.pictures[index].append(pixels[0])
                 row.num_images, row.latents = row.num_images + 1, []
 
     def end(self) -> None:
@@ -131,7 +135,8 @@ class SegmentStreamer:
             row.num_shown = len(text)
 
     @torch.no_grad()
-    def _preview(self, latents: list[Tensor]) -> Image.Image:
+    def _pixels(self, latents: list[Tensor]) -> Tensor:
+        """A picture `(1, 3, H, W)` of its first latents, grey where there are none yet."""
         config = self.model.config
         drawn = torch.stack(latents)
         rest = drawn.new_zeros(config.num_latents - len(drawn), drawn.shape[1])
@@ -140,7 +145,7 @@ class SegmentStreamer:
         known = (torch.arange(config.num_latents, device=pixels.device) < len(drawn)).view(side, side)
         patch = pixels.shape[-1] // side
         is_known = known.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-        return self.processor.image_processor.postprocess(torch.where(is_known, pixels, torch.zeros_like(pixels)))[0]
+        return torch.where(is_known, pixels, torch.zeros_like(pixels))
 
 
 def stream(

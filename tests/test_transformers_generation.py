@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from orthus import OrthusForConditionalGeneration, OrthusProcessor
-from orthus.decoding import RandomChoice
+from orthus.continuation import RandomChoice
 from orthus.generation import OrthusGenerateOutput
 from orthus.image_processing import load_image
 
