@@ -175,6 +175,11 @@ def stored_answers(folder: Path, task: str, requests: Sequence[Request]) -> dict
     return answers
 
 
+def num_answers(folder: Path, task: str) -> int:
+    """How many answers a folder holds, those of an unfinished run included."""
+    return len({key for path in (folder / f"{task}.jsonl", *folder.glob(f"{task}.rank*.jsonl")) for key in read_records(path)})
+
+
 def read_records(path: Path) -> dict[str, dict[str, Any]]:
     """Records by key; a last line that a kill cut short does not count. Raises ValueError for another broken line."""
     if not path.exists():

@@ -5,7 +5,7 @@
 | measure | definition |
 |---|---|
 | ECE | sum over 15 bins of equal width of (share of answers) x abs(accuracy - mean confidence) |
-| ACE | the same over 15 bins of equal numbers, in order of confidence (arXiv 1904.01685; ties in the order given) |
+| ACE | the same over 15 bins of equal numbers, in order of confidence (arXiv 1904.01685; ties share their mean) |
 | Brier | mean of (c - correct)^2 |
 | NLL | mean of -log of the probability given to what happened, c kept within 1e-12 of 0 and 1 |
 
@@ -68,8 +68,11 @@ def reliability_bins(confidence: Sequence[float], correct: Sequence[float], num_
 
 
 def adaptive_bins(confidence: Sequence[float], correct: Sequence[float], num_bins: int = NUM_BINS) -> list[Bin]:
-    """Bins of equal numbers (give or take one) in order of confidence; none is empty, so there may be fewer."""
+    """Bins of equal numbers (give or take one) in order of confidence; none is empty, so there may be fewer. Where an edge falls
+    among equal confidences, each of these counts with their mean correctness: the order of the answers changes nothing."""
     c, y = _arrays(confidence, correct)
+    same = np.unique(c, return_inverse=True)[1]
+    y = (np.bincount(same, y) / np.bincount(same))[same]
     order = np.argsort(c, kind="stable")
     parts = [part for part in np.array_split(order, num_bins) if len(part)]
     return [_bin(c[part], y[part], c[part[0]], c[part[-1]]) for part in parts]

@@ -39,7 +39,7 @@ from eval.loading import load
 from eval.mme import generate
 from eval.mme.grading import find_parser
 from eval.page import Figure, Sample, Table, first_of_each, page
-from eval.provenance import from_command_line, keep_manifest, model_folder, provenance, weights_hash
+from eval.provenance import from_command_line, keep_manifest, model_folder, model_hash, provenance
 from eval.statistics import Task, bootstrap, interval_text
 from eval.whole_files import write_bytes, write_json, write_text
 from orthus.training.distributed import barrier, joined, rank
@@ -125,7 +125,7 @@ def _choice_manifest(questions: Sequence[Question], settings: Settings, is_blank
         **{name: getattr(settings, name) for name in ("abstain", "seed", "batch_size")},
         "decoding": to_dict(settings.decoding),
         "loading": {name: getattr(settings.loading, name) for name in ("dtype", "quantize")},
-        "weights_sha256": weights_hash(model_folder(settings.model)),
+        "model_sha256": model_hash(model_folder(settings.model)),
     }
 
 
@@ -346,7 +346,7 @@ def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
         write_json(folder / "calibration.json", result)
         chosen = samples(questions, records, folder / "shown")
         title = f"Confidence: {settings.data}"
-        write_text(folder / "report.html", page(title, result["command"], tables(result), figures(result), chosen))
+        write_text(folder / "report.html", page(title, [result["command"]], tables(result), figures(result), chosen))
     return result
 
 

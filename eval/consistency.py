@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result = {**result_of(drawn, told, scores), **provenance(settings, "eval.consistency")}
         folder, shown = Path(settings.output), tables(result)
         write_json(folder / "consistency.json", result)
-        text = page("Answers about its own drawings", result["command"], shown, [], samples(drawn, told))
+        text = page("Answers about its own drawings", [result["command"]], shown, [], samples(drawn, told))
         write_text(folder / "report.html", text)
         for table in shown:
             print(f"{table.title}. {table.note}")

@@ -42,7 +42,7 @@ class Table:
     """A titled table of text; the first row of `rows` is its head."""
 
     title: str
-    rows: Sequence[Sequence[str]]
+    rows: list[list[str]]
     note: str = ""
 
 
@@ -78,17 +78,30 @@ def first_of_each(samples: Iterable[Sample], per_kind: int) -> list[Sample]:
     return chosen
 
 
-def page(title: str, command: str, tables: Sequence[Table], figures: Sequence[Figure], samples: Sequence[Sample]) -> str:
-    """The whole page. The pictures of `samples` go into it as thumbnails."""
+def page(
+    title: str,
+    source: Sequence[str],
+    tables: Sequence[Table],
+    figures: Sequence[Figure],
+    samples: Sequence[Sample],
+    num_samples: int | None = None,
+) -> str:
+    """The whole page. `source`: lines that say where it comes from, the command first. The pictures of `samples` go into it as
+    thumbnails; `num_samples`: how many there are in all, where these are a part."""
     blocks = [_table(table) for table in tables]
     blocks += [f"<figure><figcaption>{html.escape(f.title)}</figcaption>{f.svg}</figure>" for f in figures]
     if samples:
         grid = "".join(_block(number, sample) for number, sample in enumerate(samples))
-        blocks.append(f"<h2>Samples</h2>{_controls(samples)}<div class=grid>{grid}</div><script>{SCRIPT}</script>")
+        part = (
+            ""
+            if num_samples in (None, len(samples))
+            else f"<p class=note>The first of each task and verdict, of {num_samples}.</p>"
+        )
+        blocks.append(f"<h2>Samples</h2>{part}{_controls(samples)}<div class=grid>{grid}</div><script>{SCRIPT}</script>")
     return (
         f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<p class=command>{html.escape(command)}</p>{''.join(blocks)}</html>\n"
+        f"<p class=command>{'<br>'.join(map(html.escape, source))}</p>{''.join(blocks)}</html>\n"
     )
 
 

@@ -19,8 +19,8 @@ from typing import Any
 
 from eval import picture_engines as engines
 from eval.picture_folders import PictureFile, opened, read_folder
-from eval.provenance import write_json
 from eval.statistics import Task, bootstrap
+from eval.whole_files import write_json
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_FACTORS = {"100": 100.0, "2.5": 2.5}

@@ -20,18 +20,21 @@ from orthus.training.distributed import rank
 from orthus.training.settings import differences, load_settings, to_dict
 
 T = TypeVar("T")
+PROVENANCE = "provenance.json"
 
 
 def provenance(settings: Any, module: str = "eval.small_world") -> dict[str, Any]:
     """Where a result of `python -m module` comes from: command, commit, weights, held-out split, versions and hardware."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    commit = git("rev-parse", "HEAD") or f"unknown, version {version('orthus')}"
 
     return {
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
         "seed": settings.seed,
         "settings": to_dict(settings),
         "weights_sha256": weights_hash(model_folder(settings.model)),
@@ -52,9 +55,24 @@ def model_folder(name: str) -> Path:
 
 
 def weights_hash(folder: Path) -> str:
-    """sha256 over the weight files of a model folder, in name order."""
+    """sha256 over the weight files of a model folder, in name order. Raises ValueError where there is none."""
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".pt")]
+    if not paths:
+        raise ValueError(f"{folder} holds no weights (*.safetensors); give the folder of a model")
+    return _hash(paths)
+
+
+def model_hash(folder: Path) -> str:
+    """sha256 over names and contents of all files that decide what a model answers: weights, configs, tokenizer, processor."""
+    weights_hash(folder)
+    suffixes = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt", ".jinja", ".py")
+    return _hash([path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.name != "results.json"], True)
+
+
+def _hash(paths: Sequence[Path], with_names: bool = False) -> str:
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in paths:
+        digest.update(f"{path.name}\n".encode() if with_names else b"")
         with path.open("rb") as file:
             while block := file.read(1 << 24):
                 digest.update(block)
@@ -64,13 +82,29 @@ def weights_hash(folder: Path) -> str:
 def check_manifest(folder: Path, settings: Any, free: Sequence[str] = ("output", "device", "mme_parser")) -> None:
     """Refuse to mix answers of other weights or settings in one folder; `free` may differ. Raises ValueError with what does."""
     kept = {name: value for name, value in to_dict(settings).items() if name not in free}
-    keep_manifest(folder, {"settings": kept, "weights_sha256": weights_hash(model_folder(settings.model))})
+    keep_manifest(folder, {"settings": kept, "model_sha256": model_hash(model_folder(settings.model))})
 
 
-def read_provenance(folder: Path) -> dict[str, Any]:
-    """Where the answers in a folder come from; {} where nothing says so, as in folders of other programs."""
-    path = folder / "provenance.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def record_provenance(folder: Path, settings: Any, module: str, num_new: int) -> None:
+    """Add this command to those that gave the answers in `folder`, `num_new` of them; nothing where there is none."""
+    if num_new:
+        write_json(folder / PROVENANCE, [*read_provenance(folder), {**provenance(settings, module), "num_answers": num_new}])
+
+
+def read_provenance(folder: Path) -> list[dict[str, Any]]:
+    """The commands that gave the answers in a folder; [] where nothing says so, as in folders of other programs."""
+    path = folder / PROVENANCE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def source_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """Where answers come from, a line for each command that gave some."""
+    lines = []
+    for entry in entries:
+        versions = ", ".join(f"{name} {number}" for name, number in entry["versions"].items())
+        source = f"commit {entry['commit'][:12]}, weights {entry['weights_sha256'][:12]}, seed {entry['seed']}"
+        lines.append(f"{entry['num_answers']} answers: {entry['command']} ({source}; {versions}; {entry['hardware']})")
+    return lines
 
 
 def keep_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from eval import picture_engines as engines
 from eval.picture_folders import opened, read_folder
-from eval.provenance import from_command_line, provenance, write_json
+from eval.provenance import from_command_line, provenance
 from eval.statistics import Task, bootstrap, interval_text
+from eval.whole_files import write_json
 from orthus.autoencoder import Autoencoder
 from orthus.autoencoder_loading import load_autoencoder
 from orthus.data.world.dataset import WorldDataset

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 from eval.answers import read_records
-from eval.geneval.report import samples_of
+from eval.geneval.report import read_graded, samples_of
 from eval.page import Sample, Table, first_of_each, page
 from eval.sampling_tables import solver_section, speed_section
 from eval.statistics import interval_text
@@ -122,7 +122,7 @@ def measured_section(name: str, result: Mapping[str, Any]) -> list[str]:
     """Lines of one result of another command: every interval in it, named by where it stands."""
     lines = [f"### {name}", "", "| | value | n |", "|---|---|---|"]
     lines += [f"| {' / '.join(place)} | {interval_text(cell)} | {cell['n']} |" for place, cell in _intervals(result)]
-    source = result.get("provenance", result)
+    source = (result.get("provenance") or [result])[0]
     lines += ["", f"- command: `{source.get('command', 'unknown')}`, commit {source.get('commit', 'unknown')}"]
     return [*lines, f"- {source.get('hardware', 'unknown hardware')}", ""]
 
@@ -140,9 +140,11 @@ def _intervals(section: Mapping[str, Any], place: tuple[str, ...] = ()) -> Itera
 def run_page(results: Mapping[str, Any], run: Path, per_kind: int = 12) -> str:
     """One self-contained page of a run of `eval.small_world`: tables, and the first samples of each task and verdict."""
     tables = [Table(title, [["", "value", "n", "floors"], *rows]) for title, rows in _tables(results)]
-    samples = samples_of(run / "geneval") if (run / "geneval").is_dir() else []
+    samples = samples_of(read_graded(run / "geneval")) if (run / "geneval").is_dir() else []
     samples += [sample for task in ("edit", "story") for sample in _samples(run, task)]
-    return page("Small-world report", str(results.get("command", "")), tables, [], first_of_each(samples, per_kind))
+    return page(
+        "Small-world report", [str(results.get("command", ""))], tables, [], first_of_each(samples, per_kind), len(samples)
+    )
 
 
 def _samples(run: Path, task: str) -> list[Sample]:

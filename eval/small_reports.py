@@ -17,6 +17,7 @@ from eval.geneval.summary import intervals
 from eval.geneval.world import second_grader, world_grader
 from eval.grader import UNKNOWN
 from eval.mme.grading import grade_pairs, image_scores, score_pairs
+from eval.mme.items import twin_of
 from eval.mme.report import read_run
 from eval.small_tasks import judge_edit, judge_story
 from eval.statistics import Task, bootstrap
@@ -52,7 +53,7 @@ def report_mme(items: Sequence[MmeItem], folder: Path, parser: str) -> dict[str,
     for subtask, pairs in read_run(folder)[1].pairs.items():
         graded = grade_pairs(pairs, parser)
         names = [first.image_id for first, _ in pairs]
-        twins = [Path(name).stem[:-1] for name in names]
+        twins = [twin_of(name) for name in names]
         acc[subtask] = Task([sum(pair) / 2 for pair in graded], twins)
         plus[subtask] = Task([float(all(pair)) for pair in graded], twins)
         score[subtask] = Task(image_scores(graded), twins)

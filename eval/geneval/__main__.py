@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,14 +60,13 @@ def selftest(args: argparse.Namespace) -> None:
 
 
 def grade(args: argparse.Namespace) -> None:
-    from eval.geneval.folders import check_pictures, read_folder
+    from eval.geneval.folders import read_folder
     from eval.geneval.grading import RESULTS, grade_folder, shard
     from eval.geneval.official import grade_officially
     from eval.geneval.selftest import require_working_grader, require_working_scorer
 
     folder = read_folder(args.folder)
-    rank, num_processes = shard()
-    check_pictures(folder.pictures[rank::num_processes])
+    rank, _ = shard()
     output = args.folder if args.output is None else args.output
     if args.detector == "official":
         scorer = _scorer(args)
@@ -134,7 +134,14 @@ def _grader(args: argparse.Namespace) -> Grader:
         return world_grader()
     from eval.geneval.hf import hf_grader
 
-    return hf_grader(args.detector_model, args.clip_model, args.device, options_of(args))
+    return hf_grader(args.detector_model, args.clip_model, device_of_process(args.device), options_of(args))
+
+
+def device_of_process(device: str) -> str:
+    """Under torchrun each process has a GPU of its own. Raises `ValueError` where one GPU is named for several processes."""
+    if device.startswith("cuda:") and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"--device {device} names one GPU for all processes; use --device cuda")
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def _scorer(args: argparse.Namespace) -> OfficialScorer:

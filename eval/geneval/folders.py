@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from eval.geneval.detectors import load_picture
 from eval.geneval.prompts import lines_sha256, official_lines
 
 MANIFEST = "manifest.json"
+PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,38 @@ def read_folder(folder: Path) -> PictureFolder:
     return PictureFolder(folder, pictures, digest, prompt_set, num_samples or 0)
 
 
-def check_pictures(pictures: Sequence[Picture]) -> None:
-    """Decode every picture. Raises `ValueError` that names those that cannot be read to their end."""
-    broken = []
+def check_pictures(pictures: Sequence[Picture]) -> dict[str, str]:
+    """sha256 of every picture by key. Raises `ValueError` that names those that cannot be read to their end, and those that the
+    run did not draw, where its answers lie beside them."""
+    drawn = recorded_hashes(pictures[0].path.parents[2]) if pictures else {}
+    digests, broken = {}, []
     for picture in pictures:
         try:
-            load_picture(picture.path)
+            content = picture.path.read_bytes()
+            if not content.endswith(PNG_END):
+                raise ValueError("cut short")
+            load_picture(BytesIO(content))
         except (OSError, SyntaxError, ValueError) as error:
             broken.append(f"{picture.key} ({error})")
+            continue
+        digests[picture.key] = hashlib.sha256(content).hexdigest()
+        if drawn.get(picture.key, digests[picture.key]) != digests[picture.key]:
+            broken.append(f"{picture.key} (not the picture that the run drew)")
     if broken:
-        raise ValueError(f"{len(broken)} unreadable pictures, such as {broken[0]}; generate them again")
+        raise ValueError(f"{len(broken)} damaged pictures, such as {broken[0]}; generate again, which mends them")
+    return digests
+
+
+def recorded_hashes(folder: Path) -> dict[str, str]:
+    """sha256 of the pictures of a run of ours, by key; {} for folders of other programs. Raises `ValueError` for a run that has
+    not finished."""
+    if list(folder.glob("geneval*.rank*.jsonl")):
+        raise ValueError(f"{folder} holds answers of an unfinished run; let the same `generate` finish it")
+    found = {}
+    for path in folder.glob("geneval*.jsonl"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found.update({part["image"]: part["sha256"] for part in json.loads(line)["segments"] if "image" in part})
+    return found
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.answers import Answer, Decoding, Request, ask
+from eval.answers import Answer, Decoding, Request, ask, num_answers
 from eval.geneval.prompts import Item, lines_sha256, metadata_lines, official_lines
+from eval.geneval.verdict import check_metadata, check_positions
 from eval.loading import ModelSettings
-from eval.provenance import keep_manifest, model_folder, provenance, weights_hash
-from eval.whole_files import write_json, write_text
+from eval.provenance import keep_manifest, model_folder, model_hash, record_provenance
+from eval.whole_files import write_text
 from orthus.data.world.benchmark import small_geneval_items
 from orthus.training.distributed import barrier, rank
 from orthus.training.settings import to_dict
@@ -69,14 +70,15 @@ def prompt_set(prompts: str, num_per_task: int = 50, held_out: bool = True) -> t
     if prompts == "small":
         return f"small ({num_per_task} a task, {'held out' if held_out else 'seen'})", small_geneval_items(num_per_task, held_out)
     items = []
-    for number, line in enumerate(Path(prompts).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(prompts).read_text(encoding="utf-8-sig").strip("\n").split("\n"), start=1):
         try:
             item = json.loads(line)
-            lacking = {"tag", "include", "prompt"} - item.keys()
-        except (json.JSONDecodeError, AttributeError) as error:
-            raise ValueError(f"{prompts}, line {number} is not a JSON object: {line[:80]!r}") from error
-        if lacking:
-            raise ValueError(f"{prompts}, line {number} lacks {sorted(lacking)}; give the fields of evaluation_metadata.jsonl")
+            if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
+                raise ValueError("it is no object with a prompt")
+            check_metadata(item)
+            check_positions(item)
+        except ValueError as error:
+            raise ValueError(f"{prompts}, line {number}: {error}; give the fields of evaluation_metadata.jsonl") from error
         items.append(item)
     if not items:
         raise ValueError(f"{prompts} holds no prompt; give a file in the form of evaluation_metadata.jsonl")
@@ -123,17 +125,17 @@ def draw(model: Any, processor: Any, name: str, items: Sequence[Item], settings:
             "decoding": to_dict(settings.decoding),
             "dtype": settings.loading.dtype,
             "quantize": settings.loading.quantize,
-            "weights_sha256": weights_hash(model_folder(settings.model)),
+            "model_sha256": model_hash(model_folder(settings.model)),
         },
     )
     if rank() == 0:
         write_metadata(folder, lines)
     barrier()
-    requests = requests_of(items, settings.num_samples)
+    requests, known = requests_of(items, settings.num_samples), num_answers(folder, task)
     answers = ask(model, processor, task, requests, settings.decoding, folder, settings.seed, settings.batch_size, place)
     bare = [key for key, answer in answers.items() if len(answer.stored) != 1]
     if bare:
         raise ValueError(f"{len(bare)} answers hold no picture (the first: {bare[0]}); look at {folder / task}.jsonl")
     if rank() == 0:
-        write_json(folder / "provenance.json", provenance(settings, "eval.geneval"))
+        record_provenance(folder, settings, "eval.geneval", len(answers) - known)
     return answers

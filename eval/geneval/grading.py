@@ -5,7 +5,6 @@ Under `torchrun` process r of w takes pictures r, r + w, ...; a run that was sto
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,10 +14,11 @@ from typing import Any
 from tqdm import tqdm
 
 from eval.geneval.detectors import Grader, describe_picture, load_picture
-from eval.geneval.folders import Picture, PictureFolder
+from eval.geneval.folders import Picture, PictureFolder, check_pictures
 from eval.geneval.records import Record, judge_record, read_lines, result_of, result_text, write_lines
 
 IDENTITY, RESULTS, DETECTIONS = "grading.json", "results.jsonl", "detections.jsonl"
+PICTURES = "pictures"  # in grading.json: their folder, from there
 
 
 def shard() -> tuple[int, int]:
@@ -26,12 +26,13 @@ def shard() -> tuple[int, int]:
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
-    """Write `grading.json`, or raise `ValueError` where `output` holds the results of another grader or other pictures."""
+def claim_output(output: Path, identity: Mapping[str, Any], pictures: Path) -> None:
+    """Write `grading.json`, which also says where the pictures are, or raise `ValueError` where `output` holds the results of
+    another grader or other pictures."""
     path = output / IDENTITY
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
-        differing = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
+        differing = sorted(name for name in {*before, *identity} - {PICTURES} if before.get(name) != identity.get(name))
         if differing:
             name = differing[0]
             raise ValueError(
@@ -41,21 +42,21 @@ def claim_output(output: Path, identity: Mapping[str, Any]) -> None:
     elif (output / RESULTS).exists():
         raise ValueError(f"{output / RESULTS} exists, but no {IDENTITY} says who graded it; give another --output")
     else:
-        write_lines(path, [json.dumps(identity)])
+        write_lines(path, [json.dumps({**identity, PICTURES: os.path.relpath(pictures, output)})])
 
 
 def grade_folder(folder: PictureFolder, grader: Grader, output: Path) -> bool:
     """Grade this process's share. True when the results are complete and written.
 
-    Raises `ValueError` before anything is written for another grader's output, and for pictures that changed after their
-    detections were stored. `folders.check_pictures` finds unreadable ones beforehand.
+    Raises `ValueError` before anything is written for damaged pictures, for another grader's output, and for pictures that
+    changed after their detections were stored.
     """
     rank, num_processes = shard()
     own = folder.pictures[rank::num_processes]
+    digests = check_pictures(own)
     identity = {**grader.identity, "options": dict(grader.options), **folder_identity(folder)}
-    claim_output(output, identity)
+    claim_output(output, identity, folder.path)
     known = read_detections(output)
-    digests = {picture.key: hashlib.sha256(picture.path.read_bytes()).hexdigest() for picture in own}
     changed = [key for key, digest in digests.items() if key in known and known[key]["sha256"] != digest]
     if changed:
         raise ValueError(f"{changed[0]} changed after its detections were stored in {output}; give another --output")

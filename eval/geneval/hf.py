@@ -22,6 +22,7 @@ from torchvision import transforms
 from eval.geneval.detectors import Grader
 from eval.geneval.prompts import CLASSES
 from eval.geneval.verdict import COLORS, Box, Detection, parse_options
+from eval.provenance import model_folder, weights_hash
 
 SHORT_SIDE, LONG_SIDE, STRIDE, NUM_OBJECTS = 800, 1333, 32, 100
 PADDING = 128.0
@@ -190,6 +191,7 @@ def hf_grader(detector: str, clip: str, device: str, options: Mapping[str, str])
     def tokenize(texts: list[str]) -> Mapping[str, Tensor]:
         return tokenizer(texts, padding=True, return_tensors="pt")
 
-    revisions = {name: getattr(model.config, "_commit_hash", None) for name, model in ((detector, segmenter), (clip, clip_model))}
-    identity = {"grader": "hf", "detector": detector, "clip": clip, "revisions": revisions}
+    weights = {name: weights_hash(model_folder(name)) for name in (detector, clip)}
+    precision = "fp16 colours" if device.startswith("cuda") else "fp32"
+    identity = {"grader": "hf", "detector": detector, "clip": clip, "weights_sha256": weights, "precision": precision}
     return Grader(Mask2Former(segmenter, device), ClipColors(clip_model, tokenize, device), options, STORED_SCORE, identity)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval.geneval.folders import PictureFolder
+from eval.geneval.folders import PictureFolder, check_pictures
 from eval.geneval.grading import RESULTS, check_results, claim_output, folder_identity, shard
 from eval.geneval.records import Record, result_text, write_lines
 
@@ -29,7 +29,8 @@ class OfficialScorer:
         return self.repo / "evaluation" / "evaluate_images.py"
 
     def command(self, folder: Path, results: Path) -> list[str]:
-        words = [self.python, str(self.script.resolve()), str(folder), "--outfile", str(results)]
+        python = os.path.abspath(self.python) if os.sep in self.python else self.python  # it starts in another folder
+        words = [python, str(self.script.resolve()), str(folder), "--outfile", str(results)]
         words += ["--model-path", str(self.model_path.resolve())]
         if self.model_config is not None:
             words += ["--model-config", str(self.model_config.resolve())]
@@ -59,8 +60,9 @@ def grade_officially(folder: PictureFolder, scorer: OfficialScorer, output: Path
     """Grade `folder` with the published script; its results stay as it wrote them, in the order of the pictures."""
     if shard()[1] > 1:
         raise ValueError("the official scorer is one process; start it without torchrun")
-    claim_output(output, {"grader": "official", "options": dict(scorer.options), **folder_identity(folder)})
+    check_pictures(folder.pictures)
     results = scorer.score(folder)
+    claim_output(output, {"grader": "official", "options": dict(scorer.options), **folder_identity(folder)}, folder.path)
     order = {str(picture.path.resolve()): number for number, picture in enumerate(folder.pictures)}
     results.sort(key=lambda result: order[str(Path(result["filename"]).resolve())])
     write_lines(output / RESULTS, [result_text(result) for result in results])

@@ -6,18 +6,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.comparison import differences, table
+from eval.geneval.folders import check_pictures, read_folder
+from eval.geneval.grading import IDENTITY, PICTURES, RESULTS, read_detections
+from eval.geneval.prompts import lines_sha256, official_lines
 from eval.geneval.records import Record, read_results
 from eval.geneval.summary import intervals, published_summary
 from eval.page import Sample, Table, first_of_each, page
-from eval.provenance import read_provenance
+from eval.provenance import read_provenance, source_lines
 from eval.statistics import Task, interval_text
 from eval.whole_files import write_json, write_text
+from orthus.training.settings import differences as settings_differences
 
-RESULTS, REPORT = "results.jsonl", "report.json"
+REPORT = "report.json"
 BUCKETS = {
     "missing": r"expected .*>=\d+, found 0$",
     "too few": r"expected .*>=\d+, found [1-9]\d*$",
@@ -37,30 +42,66 @@ def bucket_of(reason: str) -> str:
     return "other" if reason else ""
 
 
-def benchmark_of(manifest: Mapping[str, Any]) -> str:
-    """What the numbers may be called: another prompt set is another benchmark."""
-    name = str(manifest.get("prompt_set", "unknown prompts"))
-    if name == "official":
-        return "GenEval"
-    return f"SmallGenEval, {name}" if name.startswith("small") else f"GenEval with other prompts ({name})"
+@dataclass(frozen=True)
+class Graded:
+    """Results of a graded run, the folder of its pictures, and what its manifests say together."""
+
+    name: str
+    pictures: Path
+    results: list[Record]
+    manifest: Mapping[str, Any]
+
+    @property
+    def is_official_set(self) -> bool:
+        return self.manifest.get("prompts_sha256") == lines_sha256(official_lines())
+
+    @property
+    def benchmark(self) -> str:
+        """What the numbers may be called: another prompt set, and another detector, is another benchmark."""
+        grader = self.manifest.get("grader", "unknown grader")
+        name = str(self.manifest.get("prompt_set", "unknown prompts"))
+        if name.startswith("small"):
+            return f"SmallGenEval, {name}"
+        judged = "GenEval" if grader == "official" else f"GenEval[{grader}]"
+        return judged if self.is_official_set else f"{judged} with other prompts ({name})"
 
 
-def report(folder: Path) -> dict[str, Any]:
-    """Scores of a graded folder, with the baselines of the small world if its prompts are asked.
+def read_graded(output: Path) -> Graded:
+    """Raises ValueError where the results are not those of exactly the pictures that are there."""
+    results = read_results(output / RESULTS)
+    grading = _json(output / IDENTITY)
+    folder = output if (output / "00000").is_dir() else output / grading.get(PICTURES, "")
+    pictures = read_folder(folder).pictures
+    judged = Counter(key_of(result) for result in results)
+    wanted = Counter(picture.key for picture in pictures)
+    if judged != wanted:
+        odd = min((judged - wanted) + (wanted - judged))
+        raise ValueError(
+            f"{output / RESULTS} has {len(results)} results of {len(pictures)} pictures in {folder} ({odd} differs); grade again"
+        )
+    digests = check_pictures(pictures)
+    changed = [key for key, record in read_detections(output).items() if record["sha256"] != digests.get(key)]
+    if changed:
+        raise ValueError(f"{changed[0]} in {folder} changed after it was graded; grade into another --output")
+    return Graded(output.name, folder, results, {**_json(folder / "manifest.json"), **grading})
 
-    Raises ValueError for a folder without whole results.
-    """
-    manifest, results = _read(folder)
-    scores = published_summary(results, allow_partial=True)
-    cells = {name: interval.as_dict() for name, interval in intervals(results).items()}
-    kinds = Counter((result["tag"], bucket_of(result["reason"])) for result in results if not result["correct"])
-    named = {"benchmark": benchmark_of(manifest), "is_official_set": not scores.pop("partial")}
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def report(run: Graded) -> dict[str, Any]:
+    """Scores of a graded run, with the baselines of the small world if its prompts are asked."""
+    scores = published_summary(run.results, allow_partial=True)
+    cells = {name: interval.as_dict() for name, interval in intervals(run.results).items()}
+    kinds = Counter((result["tag"], bucket_of(result["reason"])) for result in run.results if not result["correct"])
+    named = {"benchmark": run.benchmark, "is_official": run.is_official_set and not scores.pop("partial")}
     failures: dict[str, dict[str, int]] = {}
     for (tag, kind), number in sorted(kinds.items()):
         failures.setdefault(tag, {})[kind] = number
-    floors = floors_of(results) if str(manifest.get("prompt_set")).startswith("small") else {}
+    floors = floors_of(run.results) if run.benchmark.startswith("Small") else {}
     found = {"intervals": cells, "failures": failures, "floors": floors}
-    return {**named, **scores, **found, "manifest": manifest, "provenance": read_provenance(folder)}
+    return {**named, **scores, **found, "manifest": run.manifest, "provenance": read_provenance(run.pictures)}
 
 
 def floors_of(results: Sequence[Record]) -> dict[str, dict[str, float]]:
@@ -71,13 +112,15 @@ def floors_of(results: Sequence[Record]) -> dict[str, dict[str, float]]:
     return geneval_floors(items)
 
 
-def write_report(folder: Path, command: str, per_kind: int = 24) -> Path:
-    """`report.json` and `report.html` of a graded folder; returns the page."""
-    result = report(folder)
-    write_json(folder / REPORT, result)
-    target = folder / "report.html"
-    samples = first_of_each(samples_of(folder), per_kind)
-    write_text(target, page(f"{result['benchmark']}: {folder.name}", command, tables(result), [], samples))
+def write_report(output: Path, command: str, per_kind: int = 24) -> Path:
+    """`report.json` and `report.html` of a graded run; returns the page. Raises ValueError as [`read_graded`]."""
+    run = read_graded(output)
+    result = report(run)
+    write_json(output / REPORT, result)
+    target = output / "report.html"
+    title = f"{result['benchmark']}: {run.name}"
+    source = [command, *source_lines(result["provenance"])]
+    write_text(target, page(title, source, tables(result), [], first_of_each(samples_of(run), per_kind), len(run.results)))
     return target
 
 
@@ -91,7 +134,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         lowest = [f"{floor[name]:.3f}" if name in floor else "" for floor in floors.values()]
         rows.append([name.replace("_", " "), interval_text(cell), str(cell["n"]), *lowest])
     judge = result["manifest"].get("grader", "unknown")
-    part = "" if result["is_official_set"] else " Not the official 553 prompts with 4 pictures each: no published score compares."
+    part = "" if result["is_official"] else " Not the official 553 prompts with 4 pictures each: no published score compares."
     note = (
         f"{result['total_images']} pictures of {result['total_prompts']} prompts: {result['pct_correct_images']:.1%} right, "
         f"{result['pct_correct_prompts']:.1%} of prompts with at least one right. Judged by {judge}.{part}"
@@ -105,39 +148,44 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     return [Table(result["benchmark"], rows, note), *([Table("Failures by kind", failures)] if kinds else [])]
 
 
-def samples_of(folder: Path) -> list[Sample]:
+def samples_of(run: Graded) -> list[Sample]:
     """Every judged picture, with the words that the model said before it drew."""
-    said = _words(folder)
+    said = _words(run.pictures)
     return [
         Sample(
             result["tag"].replace("_", " "),
             result["prompt"],
             "right" if result["correct"] else "wrong",
-            (*said.get(key_of(result), ()), folder / key_of(result)),
+            (*said.get(key_of(result), ()), run.pictures / key_of(result)),
             result["reason"],
             bucket_of(result["reason"]),
         )
-        for result in read_results(folder / RESULTS)
+        for result in run.results
     ]
 
 
 def compare(first: Path, second: Path, command: str, target: Path, per_kind: int = 24) -> dict[str, Any]:
     """Two runs on the same prompts: differences with paired intervals, as a page and beside it as JSON.
 
-    Raises ValueError for runs of other prompts, other numbers of pictures or other graders.
+    Raises ValueError for runs of other prompts, other numbers of pictures, or that were graded in another way.
     """
-    (manifest, results), (other_manifest, other_results) = _read(first), _read(second)
-    for name in ("prompts_sha256", "num_samples", "grader"):
-        values = [found.get(name) for found in (manifest, other_manifest)]
-        if values[0] != values[1]:
-            raise ValueError(f"{name} is {values[0]} in {first} and {values[1]} in {second}; only the model may differ")
-    one, other = (sorted(found, key=key_of) for found in (results, other_results))
+    runs = read_graded(first), read_graded(second)
+    judged = [{key: run.manifest.get(key) for key in (*_json(path / IDENTITY), "num_samples") if key != PICTURES}
+              for run, path in zip(runs, (first, second), strict=True)]  # fmt: skip
+    if judged[0] != judged[1]:
+        changed = "; ".join(settings_differences(judged[0], judged[1]))
+        raise ValueError(
+            f"{first} and {second} were not asked or graded alike ({changed}); only the model and its decoding may differ"
+        )
+    one, other = (sorted(run.results, key=key_of) for run in runs)
     tasks = _by_tag(one), _by_tag(other)
-    found = differences(*tasks)
-    samples = first_of_each(_both(first, second, one, other), per_kind)
-    title = f"{benchmark_of(manifest)}: {first.name} and {second.name}"
+    found: dict[str, Any] = {"difference": differences(*tasks)}
+    found |= {name: {"folder": str(path), "provenance": read_provenance(run.pictures)}
+              for name, path, run in zip(("first", "second"), (first, second), runs, strict=True)}  # fmt: skip
+    samples = _both(runs[0].pictures, runs[1].pictures, one, other)
     shown = [table((first.name, second.name), *tasks, unit="prompts")]
-    write_text(target, page(title, command, shown, [], samples))
+    title = f"{runs[0].benchmark}: {first.name} and {second.name}"
+    write_text(target, page(title, [command], shown, [], first_of_each(samples, per_kind), len(samples)))
     write_json(target.with_suffix(".json"), found)
     return found
 
@@ -159,6 +207,8 @@ def _both(first: Path, second: Path, results: Sequence[Record], others: Sequence
 
 def key_of(result: Record) -> str:
     """The place of a result's picture in its folder: results name it as the grader saw it."""
+    if "filename" not in result:
+        raise ValueError("results without a filename cannot be shown; grade the folder with `eval.geneval grade`")
     return "/".join(Path(result["filename"]).parts[-3:])
 
 
@@ -166,16 +216,6 @@ def _by_tag(results: Sequence[Record]) -> dict[str, Task]:
     tags = dict.fromkeys(result["tag"] for result in results)
     chosen = {tag: [result for result in results if result["tag"] == tag] for tag in tags}
     return {tag: Task([float(r["correct"]) for r in found], [r["metadata"] for r in found]) for tag, found in chosen.items()}
-
-
-def _read(folder: Path) -> tuple[dict[str, Any], list[Record]]:
-    """Manifest and results of a graded folder."""
-    results = read_results(folder / RESULTS)
-    manifest: dict[str, Any] = {}
-    for name in ("manifest.json", "grading.json"):
-        if (folder / name).exists():
-            manifest |= json.loads((folder / name).read_text(encoding="utf-8"))
-    return manifest, results
 
 
 def _words(folder: Path) -> dict[str, tuple[str, ...]]:

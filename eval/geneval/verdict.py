@@ -157,7 +157,7 @@ def verdict(
     """
     if image_size is not None:
         _check_boxes(detections, image_size)
-    _check_metadata(metadata)
+    check_metadata(metadata)
     objects = filter_detections(_in_their_precision(detections), metadata["tag"], options)
     reasons: list[str] = []
     groups: list[list[Detection] | None] = []
@@ -223,10 +223,7 @@ def _position_failures(
     """The first pair (found, reference) without the wanted relation, as a reason. A negative clause number counts back."""
     wanted, target_index = position
     if not -len(groups) <= target_index < len(groups):
-        raise ValueError(
-            f"position of {name} refers to clause {target_index}, but only {len(groups)} clauses come before it; "
-            "put the reference object first"
-        )
+        raise ValueError(_no_reference(name, target_index, len(groups)))
     references = groups[target_index]
     if references is None:
         return [f"no target for {name} to be {wanted}"]
@@ -238,14 +235,28 @@ def _position_failures(
     return []
 
 
-def _check_metadata(metadata: Mapping[str, Any]) -> None:
-    if "tag" not in metadata:
+def check_metadata(metadata: Mapping[str, Any]) -> None:
+    """Raises `ValueError`, naming what is wrong, for metadata that is not in GenEval's form."""
+    if not isinstance(metadata.get("tag"), str):
         raise ValueError(f"metadata {dict(metadata)} has no 'tag'; give GenEval's form")
     for part in ("include", "exclude"):
         for clause in metadata.get(part, []):
             missing = {"class", "count"} - set(clause)
             if missing:
                 raise ValueError(f"{part} clause {dict(clause)} has no {sorted(missing)}; name a class and a count")
+
+
+def check_positions(metadata: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for a position clause whose reference does not come before it, as a verdict may."""
+    for number, clause in enumerate(metadata.get("include", [])):
+        if "position" in clause and not -number <= clause["position"][1] < number:
+            raise ValueError(_no_reference(clause["class"], clause["position"][1], number))
+
+
+def _no_reference(name: str, target: int, number: int) -> str:
+    return (
+        f"position of {name} refers to clause {target}, but only {number} clauses come before it; put the reference object first"
+    )
 
 
 def _check_boxes(detections: Sequence[Detection], image_size: tuple[int, int]) -> None:

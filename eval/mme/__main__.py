@@ -55,10 +55,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _page(settings: Any) -> Path:
-    from eval.mme.generate import items_of
     from eval.mme.report import write_report
 
-    return write_report(Path(settings.output), items_of(settings), settings.parser, command_of("eval.mme"))
+    return write_report(settings, command_of("eval.mme"))
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:

@@ -12,13 +12,12 @@ from typing import Any
 
 from PIL import Image
 
-from eval.answers import Decoding, Request, ask
+from eval.answers import Decoding, Request, ask, num_answers
 from eval.loading import ModelSettings
 from eval.mme.files import write_answer_files
 from eval.mme.grading import PARSERS, Record
 from eval.mme.items import PROMPT_STYLES, Item, open_items, small_world_items
-from eval.provenance import keep_manifest, model_folder, provenance, weights_hash
-from eval.whole_files import write_json
+from eval.provenance import keep_manifest, model_folder, model_hash, record_provenance
 from orthus.training.distributed import barrier, rank
 from orthus.training.settings import to_dict
 
@@ -86,6 +85,12 @@ def requests_of(items: Sequence[Item], settings: Settings) -> list[Request]:
     ]
 
 
+def questions_hash(items: Sequence[Item], style: str) -> str:
+    """sha256 over pictures' names, prompts and truths, in order."""
+    asked = json.dumps([[item.picture_key, item.prompt(style), item.truth] for item in items])
+    return hashlib.sha256(asked.encode()).hexdigest()
+
+
 def final_answer(text: str, after: str | None) -> str:
     """What follows the last `after`, or all of it where that does not occur."""
     return text if after is None else text.rpartition(after)[2].strip()
@@ -97,28 +102,28 @@ def answer(model: Any, processor: Any, items: Sequence[Item], settings: Settings
     Raises ValueError for a folder of another run.
     """
     folder = Path(settings.output)
-    asked = json.dumps([[item.picture_key, item.prompt(settings.style), item.truth] for item in items])
     keep_manifest(
         folder,
         {
-            "questions_sha256": hashlib.sha256(asked.encode()).hexdigest(),
+            "questions_sha256": questions_hash(items, settings.style),
             "num_questions": len(items),
+            "data": SMALL_WORLD if settings.data == SMALL_WORLD else Path(settings.data).name,
             **{name: getattr(settings, name) for name in ("style", "blank", "answer_after", "seed", "batch_size")},
             "decoding": to_dict(settings.decoding),
             "dtype": settings.loading.dtype,
             "quantize": settings.loading.quantize,
-            "weights_sha256": weights_hash(model_folder(settings.model)),
+            "model_sha256": model_hash(model_folder(settings.model)),
         },
     )
     barrier()
-    requests = requests_of(items, settings)
+    requests, known = requests_of(items, settings), num_answers(folder, task)
     answers = ask(model, processor, task, requests, settings.decoding, folder, settings.seed, settings.batch_size)
     records: dict[str, list[Record]] = {}
     for request, item in zip(requests, items, strict=True):
         said = final_answer(answers[request.key].text, settings.answer_after)
         records.setdefault(item.subtask, []).append(item.record(said))
     if rank() == 0:
-        write_json(folder / "provenance.json", provenance(settings, "eval.mme"))
+        record_provenance(folder, settings, "eval.mme", len(answers) - known)
         num_changed = write_answer_files(folder / ANSWERS, records)
         if num_changed:
             print(f"{num_changed} answers held tabs or line ends, which are spaces in {folder / ANSWERS}")

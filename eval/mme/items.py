@@ -172,6 +172,11 @@ def small_world_items(num_images_per_subtask: int = 100, seed: int = 0) -> list[
     return in_mme_form(small_mme_items(num_images_per_subtask, seed))
 
 
+def twin_of(image_id: str) -> str:
+    """The pair that a picture of the small world belongs to."""
+    return Path(image_id).stem[:-1]
+
+
 def in_mme_form(items: Sequence[MmeItem]) -> list[Item]:
     """The small world's items, two for each picture; `image_id` is the file name of theirs."""
     return _checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any
 
 from eval.comparison import differences, table
 from eval.mme.files import AnswerFiles, read_answer_files
-from eval.mme.generate import ANSWERS
+from eval.mme.generate import ANSWERS, SMALL_WORLD, Settings, items_of, questions_hash
 from eval.mme.grading import PARSERS, Pair, grade_pairs, image_scores, read_truth
-from eval.mme.items import Item
+from eval.mme.items import Item, twin_of
 from eval.mme.results import GROUPS, result_of
 from eval.page import Sample, Table, first_of_each, page
-from eval.provenance import read_provenance
-from eval.statistics import Task, interval_text
+from eval.provenance import read_provenance, source_lines
+from eval.statistics import Task, interval_text, paired_bootstrap
 from eval.whole_files import write_bytes, write_json, write_text
+from orthus.training.settings import differences as settings_differences
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], AnswerFiles]:
@@ -33,20 +34,31 @@ def read_run(folder: Path) -> tuple[dict[str, Any], AnswerFiles]:
     return manifest, files
 
 
-def write_report(folder: Path, items: Sequence[Item], parser: str, command: str, per_kind: int = 24) -> Path:
-    """`report.json` and `report.html` of a run on `items`; returns the page."""
+def benchmark_of(manifest: Mapping[str, Any]) -> str:
+    return "SmallMME (the small world's own)" if manifest["data"] == SMALL_WORLD else f"MME, {manifest['data']}"
+
+
+def write_report(settings: Settings, command: str, per_kind: int = 24) -> Path:
+    """`report.json` and `report.html` of a run; returns the page. Raises ValueError for settings that ask other questions."""
+    folder, items = Path(settings.output), items_of(settings)
     manifest, files = read_run(folder)
-    result = result_of(files.pairs, parser) | {
-        "warnings": files.warnings,
-        "manifest": manifest,
-        "provenance": read_provenance(folder),
-    }
+    if manifest["questions_sha256"] != questions_hash(items, settings.style):
+        raise ValueError(f"{folder} answers other questions than these settings ask; give the settings of its generate")
+    result: dict[str, Any] = {"benchmark": benchmark_of(manifest)}
+    result |= result_of(files.pairs, settings.parser, cluster_of(manifest)) | {"warnings": files.warnings, "manifest": manifest}
+    result["provenance"] = read_provenance(folder)
     write_json(folder / "report.json", result)
-    samples = first_of_each(_samples(files.pairs, parser), per_kind)
-    shown = _with_pictures(samples, items, folder / "shown")
+    samples = _samples(files.pairs, settings.parser)
+    shown = _with_pictures(first_of_each(samples, per_kind), items, folder / "shown")
+    source = [command, *source_lines(result["provenance"])]
     target = folder / "report.html"
-    write_text(target, page(f"MME: {folder.name}", command, tables(result), [], shown))
+    write_text(target, page(f"{result['benchmark']}: {folder.name}", source, tables(result), [], shown, len(samples)))
     return target
+
+
+def cluster_of(manifest: Mapping[str, Any]) -> Callable[[str], str]:
+    """From a picture's name to what was drawn independently: small-world pictures come in twins that share their questions."""
+    return twin_of if manifest["data"] == SMALL_WORLD else str
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
@@ -64,13 +76,13 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
     manifest = result["manifest"]
     note = f"parser {result['parser']}, prompt style {manifest['style']}" + (", blank pictures" if manifest["blank"] else "")
     note += "; not all questions of the published benchmark" if result["partial"] else ""
-    return [Table("Scores", rows, note), Table("Totals", totals)]
+    return [Table(f"Scores of {result['benchmark']}", rows, note), Table("Totals", totals)]
 
 
-def tasks_of(pairs: Mapping[str, Sequence[Pair]], parser: str) -> dict[str, Task]:
+def tasks_of(pairs: Mapping[str, Sequence[Pair]], parser: str, cluster: Callable[[str], str]) -> dict[str, Task]:
     """MME scores of each picture (0, 50 or 200), by subtask."""
     return {
-        name: Task(image_scores(grade_pairs(group, parser)), [first.image_id for first, _ in group])
+        name: Task(image_scores(grade_pairs(group, parser)), [cluster(first.image_id) for first, _ in group])
         for name, group in pairs.items()
     }
 
@@ -78,18 +90,30 @@ def tasks_of(pairs: Mapping[str, Sequence[Pair]], parser: str) -> dict[str, Task
 def compare(first: Path, second: Path, parser: str, command: str, target: Path) -> dict[str, Any]:
     """Two runs on the same questions: differences with paired intervals, as a page and beside it as JSON.
 
-    Raises ValueError for runs of other questions, or asked in another way.
+    Raises ValueError for runs of other questions.
     """
     (manifest, files), (other_manifest, other_files) = read_run(first), read_run(second)
-    for name in ("questions_sha256", "style"):
-        values = [found[name] for found in (manifest, other_manifest)]
-        if values[0] != values[1]:
-            raise ValueError(
-                f"{name} is {manifest[name]} in {first} and {other_manifest[name]} in {second}; only the model may differ"
-            )
-    tasks = tasks_of(files.pairs, parser), tasks_of(other_files.pairs, parser)
-    found = differences(*tasks)
-    write_text(target, page("MME: two runs", command, [table((first.name, second.name), *tasks, unit="pictures")], [], []))
+    if manifest["questions_sha256"] != other_manifest["questions_sha256"]:
+        raise ValueError(
+            f"{first} and {second} answer other questions, or other prompts of them; compare runs that were asked alike"
+        )
+    cluster = cluster_of(manifest)
+    tasks = tasks_of(files.pairs, parser, cluster), tasks_of(other_files.pairs, parser, cluster)
+    shown = [table((first.name, second.name), *tasks, unit="pictures")]
+    found: dict[str, Any] = {"parser": parser, "difference": differences(*tasks)}
+    for group, members in GROUPS.items():
+        sides = [{name: task for name, task in side.items() if name in members} for side in tasks]
+        if sides[0]:
+            total = paired_bootstrap(sides[0], sides[1])
+            found["difference"][group] = {**total.interval.scaled(len(sides[0])).as_dict(), "p": total.p_value}
+            shown[0].rows.append([group, "", "", interval_text(found["difference"][group]), f"{total.p_value:.4f}", ""])
+    changed = settings_differences(manifest, other_manifest)
+    shown.append(Table("What differs between the runs", [["setting"], *([line] for line in changed)]))
+    found |= {
+        name: {"folder": str(path), "provenance": read_provenance(path)} for name, path in (("first", first), ("second", second))
+    }
+    title = f"{benchmark_of(manifest)}: {first.name} and {second.name}"
+    write_text(target, page(title, [command], shown, [], []))
     write_json(target.with_suffix(".json"), found)
     return found
 

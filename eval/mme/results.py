@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,21 @@ def grade_folder(folder: Path, parser: str = "official", num_resamples: int = NU
     Raises `ValueError` for files that cannot be read, and for an unknown parser.
     """
     files = read_answer_files(folder)
-    return result_of(files.pairs, parser, num_resamples) | {"warnings": files.warnings}
+    return result_of(files.pairs, parser, num_resamples=num_resamples) | {"warnings": files.warnings}
 
 
-def result_of(pairs: Mapping[str, Sequence[Pair]], parser: str, num_resamples: int = NUM_RESAMPLES) -> dict[str, Any]:
-    """As `grade_folder`, of pairs by subtask."""
+def result_of(
+    pairs: Mapping[str, Sequence[Pair]],
+    parser: str,
+    cluster: Callable[[str], str] = str,
+    num_resamples: int = NUM_RESAMPLES,
+) -> dict[str, Any]:
+    """As `grade_folder`, of pairs by subtask; `cluster`: from a picture's name to what was drawn independently."""
     scores = {name: score_pairs(group, parser) for name, group in pairs.items()}
-    tasks = {name: Task(image_scores(grade_pairs(group, parser))) for name, group in pairs.items()}
+    tasks = {
+        name: Task(image_scores(grade_pairs(group, parser)), [cluster(a.image_id) for a, _ in group])
+        for name, group in pairs.items()
+    }
     floors = {f"always_{word}": _always(pairs, word) for word in ("yes", "no")}
     floors["coin"] = {group: COIN * len(members & scores.keys()) for group, members in _members().items()}
     intervals = {name: bootstrap(task, num_resamples=num_resamples).as_dict() for name, task in tasks.items()}
