@@ -3,13 +3,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PROMPT ?=
 OUT ?= runs/sample
+PORT ?= 7860
 export TOKENIZERS_PARALLELISM = false
 # The small model's matrices are too small for threads, which beside other work cost more than they bring.
 export OMP_NUM_THREADS ?= 1
 # torchao, which transformers imports where it is installed, makes torch warn at every start.
 export TORCH_LOGS = -torch.utils._pytree
 
-.PHONY: sample test lint speedrun eval clean
+.PHONY: sample demo test lint speedrun eval clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,9 @@ $(VENV)/.installed: pyproject.toml
 
 sample: $(VENV)/.installed  ## pictures, answers, an edit and a story from the shipped checkpoint; PROMPT="..." draws your own
 	$(BIN)/python -m demo.sample checkpoints/orthus-small --output $(OUT) $(if $(PROMPT),--prompt "$(PROMPT)")
+
+demo: $(VENV)/.installed  ## the app in a browser at http://127.0.0.1:$(PORT), with the HTTP API under /v1
+	$(BIN)/python -m demo.app checkpoints/orthus-small --port $(PORT)
 
 test: $(VENV)/.installed  ## lint, types and the test suite; no network after installation
 	$(BIN)/python -m ruff check .

@@ -18,9 +18,10 @@ body{font:14px/1.45 system-ui,sans-serif;margin:2em auto;max-width:1180px;paddin
 table{border-collapse:collapse;margin:.6em 0 1.6em}td,th{border:1px solid var(--line);padding:3px 9px;text-align:right}
 td:first-child,th:first-child{text-align:left}.grid{display:flex;flex-wrap:wrap;gap:10px}.note{opacity:.75;max-width:70em}
 .item{width:176px;border:2px solid var(--line);border-radius:6px;padding:6px;font-size:12px;box-sizing:border-box}
-.item.wide{width:362px}.right{border-color:var(--right)}.wrong{border-color:var(--wrong)}
+.item.wide{width:362px}div.wide{overflow-x:auto}.right{border-color:var(--right)}.wrong{border-color:var(--wrong)}
 .item img{max-width:160px;max-height:160px;border:1px solid var(--line)}.crisp{image-rendering:pixelated;width:128px;height:128px}
 .reason{color:var(--wrong);white-space:pre-line}.controls{display:flex;flex-wrap:wrap;gap:12px;margin:1em 0}
+.prompt{font-weight:600;min-height:2.9em}.verdict{float:right;opacity:.7;font-size:11px}
 figure{margin:0 0 1.6em}figcaption{font-weight:600}.command{font:12px ui-monospace,monospace;overflow-wrap:anywhere}
 """
 SCRIPT = """
@@ -112,27 +113,30 @@ def _table(table: Table) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     note = f"<p class=note>{html.escape(table.note)}</p>" if table.note else ""
-    return f"<h2>{html.escape(table.title)}</h2>{note}<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+    return (
+        f"<h2>{html.escape(table.title)}</h2>{note}<div class=wide><table>"
+        f"{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table></div>"
+    )
 
 
 def _controls(samples: Sequence[Sample]) -> str:
-    def choice(name: str, value: Callable[[Sample], str]) -> str:
+    def choice(name: str, value: Callable[[Sample], str], label: str = "") -> str:
         options = ["all", *sorted({value(sample) for sample in samples} - {""})]
-        return _select(name, options)
+        return _select(name, options, label)
 
     return (
         "<div class=controls>"
         + choice("task", lambda sample: sample.task)
         + choice("verdict", lambda sample: sample.verdict)
-        + choice("bucket", lambda sample: sample.bucket)
-        + _select("sort", ["order", "task", "verdict", "bucket", "prompt"])
-        + "<label>text <input id=text type=search></label><output id=count></output></div>"
+        + choice("bucket", lambda sample: sample.bucket, "kind of failure")
+        + _select("sort", ["order", "task", "verdict", "bucket", "prompt"], "sorted by")
+        + "<label>containing <input id=text type=search></label><output id=count></output></div>"
     )
 
 
-def _select(name: str, options: Sequence[str]) -> str:
+def _select(name: str, options: Sequence[str], label: str = "") -> str:
     listed = "".join(f"<option>{html.escape(option)}</option>" for option in options)
-    return f"<label>{name} <select id={name}>{listed}</select></label>"
+    return f"<label>{label or name} <select id={name}>{listed}</select></label>"
 
 
 def _block(number: int, sample: Sample) -> str:
@@ -149,7 +153,8 @@ def _block(number: int, sample: Sample) -> str:
     escaped = {name: html.escape(getattr(sample, name)) for name in ("task", "verdict", "bucket", "prompt", "reason")}
     return (
         f'<div class="item {kind}{wide}" title="{escaped["prompt"]}" data-order={number} data-task="{escaped["task"]}"'
-        f' data-verdict="{escaped["verdict"]}" data-bucket="{escaped["bucket"]}"><div><b>{escaped["prompt"]}</b></div>'
+        f' data-verdict="{escaped["verdict"]}" data-bucket="{escaped["bucket"]}">'
+        f"<div class=verdict>{escaped['verdict']}</div><div class=prompt>{escaped['prompt']}</div>"
         f"{''.join(parts)}<div class=reason>{escaped['reason']}</div></div>"
     )
 

