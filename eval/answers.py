@@ -29,6 +29,8 @@ from orthus.data.schema import Segment, Turn
 from orthus.sampling import Sampling
 from orthus.training.distributed import barrier, rank, world_size
 
+Part = Segment | Callable[[], Image.Image]
+"""A piece of a prompt: text, a picture or what reads it."""
 Place = Callable[[str, int], str]
 """From a request's key and the number of a segment to the file of its picture, in the run's folder."""
 
@@ -38,7 +40,7 @@ class Request:
     """One prompt: `segments` of the user's turn, pictures or functions that read them. `key` is its name in the task."""
 
     key: str
-    segments: tuple[Segment | Callable[[], Image.Image], ...]
+    segments: tuple[Part, ...]
 
     def read(self) -> tuple[Segment, ...]:
         """The segments with all pictures read."""
@@ -128,10 +130,12 @@ def ask(
     """Answers by key; those that `folder` holds already are not generated again. Every process calls this and gets them all.
 
     place: where pictures lie; default `images/<task>-<key>-<segment>.png`.
-    Raises ValueError if `folder` holds answers to other requests of this task.
+    Raises ValueError if `folder` holds answers to other requests of this task, and for keys whose pictures would be one file.
     """
     place = place or (lambda key, number: f"images/{task}-{key.replace('/', '_')}-{number}.png")
     order = [request.key for request in requests]
+    if decoding.modality != "text":
+        _require_own_files(order, place)
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for unfinished in folder.rglob(".*.tmp"):  # of a killed run
@@ -193,6 +197,15 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not an answer: {line[:80]!r}; delete the line, generate again") from error
     return records
+
+
+def _require_own_files(keys: Sequence[str], place: Place) -> None:
+    files: dict[str, str] = {}
+    for key in keys:
+        file = place(key, 0)
+        if file in files:
+            raise ValueError(f"answers to {files[file]!r} and {key!r} would share the file {file}; give one of them another key")
+        files[file] = key
 
 
 def _merge(folder: Path, task: str, order: Sequence[str]) -> None:

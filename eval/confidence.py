@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +36,7 @@ from eval.choices import (
     read_choices,
     yes_no,
 )
+from eval.exits import exit_code
 from eval.loading import load
 from eval.mme import generate
 from eval.mme.grading import find_parser
@@ -363,4 +365,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

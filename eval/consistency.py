@@ -14,6 +14,7 @@ In `output`: the drawings, answers in `asked/` and `prompted/`, consistency.json
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from eval.answers import Answer, Decoding, StoredPicture, item_seed
+from eval.exits import exit_code
 from eval.geneval import generate as drawing
 from eval.geneval.verdict import TAGS
 from eval.grader import as_judged, detect
@@ -230,7 +232,7 @@ def ask(model: Any, processor: Any, drawn: Sequence[Drawn], settings: Settings) 
         asked[subtask] = {pair[0].image_id: right for pair, right in zip(pairs, rights, strict=True)}
         whole = score_pairs(pairs, settings.parser)
         scores[subtask] = {
-            "score": bootstrap(Task(image_scores(rights))).as_dict(),
+            "score": bootstrap(Task(image_scores(rights), maximum=200.0)).as_dict(),
             "acc_plus": whole.acc_plus,
             "other": whole.other_rate,
         }
@@ -353,4 +355,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -16,8 +16,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from eval.answers import Answer, Decoding, Request, ask, stored_answers
+from eval.exits import exit_code
 from eval.export_layouts import LAYOUTS, CommTask, Item, Layout, Source
-from eval.loading import ModelSettings, load
+from eval.loading import ModelSettings, load, require_model
 from eval.provenance import check_manifest, from_command_line
 from orthus.training.distributed import rank
 
@@ -68,6 +69,7 @@ def find_answers(bench: str, items: Sequence[Item], settings: Settings) -> dict[
         raise ValueError(f"{settings.prompts} names {len(requests) - len(keys)} prompts twice; keep one of each")
     folder = Path(settings.answers)
     if settings.model:
+        require_model(settings.model)
         check_manifest(folder, settings, free=("output", "answers"))
         model, processor = load(settings.model, settings.run)
         how = decoding(LAYOUTS[bench], settings)
@@ -118,4 +120,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -10,14 +10,14 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 
-from eval.answers import Answer, Request, StoredPicture
-from orthus.data.schema import Segment
+from eval.answers import Answer, Part, Request, StoredPicture
 from orthus.image_processing import load_image, to_rgb
 
 DPG_PICTURES, T2I_PICTURES = 4, 10
@@ -81,6 +81,13 @@ def _picture(path: Path) -> Image.Image:
         return to_rgb(load_image(path))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _shown(path: Path) -> Callable[[], Image.Image]:
+    """Reads the picture when the prompt is asked. Raises ValueError at once if it is missing."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; the prompts show it")
+    return partial(_picture, path)
 
 
 def _folder(source: Source) -> Path:
@@ -180,7 +187,7 @@ def read_imgedit(source: Source) -> list[Item]:
     records = json.loads(source.prompts.read_text(encoding="utf-8"))
     if not isinstance(records, dict):
         raise ValueError(f"{source.prompts} is not a JSON object from key to edit; give basic_edit.json or UGE_edit.json")
-    return [Item(key, (Request(key, (_picture(folder / record["id"]), record["prompt"])),)) for key, record in records.items()]
+    return [Item(key, (Request(key, (_shown(folder / record["id"]), record["prompt"])),)) for key, record in records.items()]
 
 
 def write_imgedit(output: Path, items: Sequence[Item], answers: Answers) -> None:
@@ -198,11 +205,11 @@ def read_opening(source: Source) -> list[Item]:
     items = []
     for line in source.prompts.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        segments: list[Segment] = []
+        segments: list[Part] = []
         for part in record["conversations"][0]["input"]:
             segments.append(part["text"].replace("<BEGIN>", "").replace("<image>", "").strip())
             if part["image"]:
-                segments.append(_picture(folder / part["image"]))
+                segments.append(_shown(folder / part["image"]))
         items.append(Item(record["total_uid"], (Request(record["total_uid"], tuple(segments)),), record))
     return items
 
@@ -242,7 +249,7 @@ def read_comm(source: Source) -> list[Item]:
     for record in records:
         steps_of = record["step_info"]
         num_shown = {"task1": len(steps_of), "task2": len(steps_of), "task3": len(steps_of) // 2, "task4": 0}[source.comm_task]
-        segments: list[Segment] = [opening.format(record["title"] or "")]
+        segments: list[Part] = [opening.format(record["title"] or "")]
         pictures: tuple[list[Path], list[Path]] = ([], [])
         for number, step in enumerate(steps_of, start=1):
             is_shown = number <= num_shown
@@ -253,7 +260,7 @@ def read_comm(source: Source) -> list[Item]:
                     continue
                 is_input = is_shown and source.comm_task != "task2"
                 pictures[0 if is_input else 1].append(folder / part["image_path"])
-                segments += [_picture(folder / part["image_path"])] if is_input else []
+                segments += [_shown(folder / part["image_path"])] if is_input else []
         segments += [closing] if num_shown else []
         name = f"{record['data_id']}_{source.comm_task}"
         first_step = 1 + num_shown if source.comm_task == "task3" else 1
@@ -261,9 +268,9 @@ def read_comm(source: Source) -> list[Item]:
     return items
 
 
-def _joined(segments: Sequence[Segment]) -> tuple[Segment, ...]:
+def _joined(segments: Sequence[Part]) -> tuple[Part, ...]:
     """Neighbouring texts as one, with a space between."""
-    joined: list[Segment] = []
+    joined: list[Part] = []
     for segment in segments:
         if isinstance(segment, str) and joined and isinstance(joined[-1], str):
             joined[-1] = f"{joined[-1]} {segment}"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import picture_engines as engines
+from eval.exits import exit_code
 from eval.picture_folders import PictureFile, opened, read_folder
 from eval.statistics import Task, bootstrap
 from eval.whole_files import write_json
@@ -118,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

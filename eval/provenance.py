@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from eval.loading import require_model
 from eval.whole_files import write_json
 from orthus.data.world.splits import fingerprint
 from orthus.training.distributed import rank
@@ -49,6 +50,7 @@ def model_folder(name: str) -> Path:
     """The folder of a model: itself, or where the hub's files of that name lie (they are fetched if need be)."""
     if Path(name).is_dir():
         return Path(name)
+    require_model(name)
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name))

@@ -10,6 +10,7 @@ and sheet.png, pairs of rows before and after. `pip install 'orthus[metrics]'`.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,6 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from eval import picture_engines as engines
+from eval.exits import exit_code
+from eval.loading import require_model
 from eval.picture_folders import opened, read_folder
 from eval.provenance import from_command_line, provenance
 from eval.statistics import Task, bootstrap, interval_text
@@ -71,6 +74,7 @@ class Settings:
 
 def load(name: str) -> tuple[Autoencoder, OrthusImageProcessor]:
     """The autoencoder of a model, and what prepares its pictures: the stored processor, else the default of its size."""
+    require_model(name)
     autoencoder = load_autoencoder(name)
     if (Path(name) / "processor_config.json").is_file():
         return autoencoder, OrthusProcessor.from_pretrained(name).image_processor
@@ -210,4 +214,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

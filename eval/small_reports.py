@@ -56,7 +56,7 @@ def report_mme(items: Sequence[MmeItem], folder: Path, parser: str) -> dict[str,
         twins = [twin_of(name) for name in names]
         acc[subtask] = Task([sum(pair) / 2 for pair in graded], twins)
         plus[subtask] = Task([float(all(pair)) for pair in graded], twins)
-        score[subtask] = Task(image_scores(graded), twins)
+        score[subtask] = Task(image_scores(graded), twins, maximum=200.0)
         sides: dict[bool, list[bool]] = {True: [], False: []}
         for name, pair in zip(names, graded, strict=True):
             sides[held_out[f"{subtask}/{name}"]] += pair

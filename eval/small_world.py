@@ -6,6 +6,7 @@ writes answers and grades under `output`, and `results.json` there and beside th
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -16,8 +17,9 @@ from PIL import Image
 
 from eval import floors
 from eval.answers import Answer, Decoding, Request, ask
+from eval.exits import exit_code
 from eval.geneval import generate as geneval
-from eval.loading import ModelSettings, load
+from eval.loading import ModelSettings, load, require_model
 from eval.mme import generate as mme
 from eval.mme.items import in_mme_form
 from eval.provenance import check_manifest, from_command_line, provenance
@@ -270,6 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if settings is None:
         return
     with joined(settings.device):
+        require_model(settings.model)
         check_manifest(Path(settings.output), settings)
         result = evaluate(*load(settings.model, loading(settings)), settings)
     if not result:
@@ -288,4 +291,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

@@ -27,6 +27,9 @@ CHUNK = 2_000_000
 """Indices drawn at once; bounds the memory at about 50 MB."""
 MAX_ENUMERATED = 12
 """Clusters of which all 2^12 sign flips are counted; of more, flips are drawn."""
+FEW = 4
+"""With fewer clusters than these that are not all right (or not all wrong), each counts as one value. Found by simulation:
+without it .92 of the intervals of 60 prompts with 4 pictures at .97 hold the truth, with it .98."""
 ROUNDING = 1e-9
 """What is smaller than this share of the values is rounding, no difference."""
 
@@ -155,8 +158,8 @@ def _stratified_wilson(strata: Mapping[str, Task], z: float) -> tuple[float, flo
 def _share(task: Task, name: str) -> tuple[float, float]:
     """The mean as a share of the maximum, and the number of independent 0s and 1s whose mean varies as much.
 
-    That number is at most the number of values where these are 0 and 1 themselves (others may vary less), and the number of
-    clusters where clusters do not vary at all.
+    That number is at most the number of values where these are 0 and 1 themselves (others may vary less), and at most the
+    number of clusters where too few of these differ to tell how alike the values within one are.
     """
     sums, counts = _cluster_sums(task, name)
     sums = sums / task.maximum
@@ -165,6 +168,8 @@ def _share(task: Task, name: str) -> tuple[float, float]:
     if deviation < ROUNDING:
         return share, len(sums)
     number = share * (1 - share) / deviation**2
+    if min(np.count_nonzero(np.abs(sums - end) > ROUNDING) for end in (0, counts)) < FEW:
+        return share, min(number, len(sums))
     is_binary = set(task.values) <= {0.0, task.maximum}
     return share, min(number, len(task.values)) if is_binary else number
 

@@ -128,6 +128,18 @@ def test_other_requests_in_the_same_folder_are_refused(tmp_path: Path) -> None:
         ask(Painter(), Processor(), "t", REQUESTS[:9], Decoding("image"), tmp_path, batch_size=2)
 
 
+def test_keys_that_share_a_picture_file_are_refused_before_asking(tmp_path: Path) -> None:
+    painter = Painter()
+    requests = [Request("a/b", ("x",)), Request("a_b", ("y",))]
+    with pytest.raises(ValueError, match=r"'a/b' and 'a_b' would share the file images/t-a_b-0\.png"):
+        ask(painter, Processor(), "t", requests, Decoding("image"), tmp_path)
+    with pytest.raises(ValueError, match="'a_b' and 'a_b' would share"):
+        ask(painter, Processor(), "t", [requests[1], requests[1]], Decoding("interleaved"), tmp_path)
+    assert next(painter.calls) == 1 and not list(tmp_path.iterdir())
+    ask(painter, Processor(), "t", requests, Decoding("image"), tmp_path, place=lambda key, number: f"{key}/{number}.png")
+    assert (tmp_path / "a/b/1.png").is_file() and (tmp_path / "a_b/1.png").is_file()
+
+
 def test_seeds_depend_on_what_is_asked_alone() -> None:
     assert len({item_seed(*asked) for asked in ((0, "t", "1"), (0, "t", "2"), (1, "t", "2"), (0, "u", "1"))}) == 4
 

@@ -98,13 +98,21 @@ def test_imgedit_shows_the_picture_and_names_the_edit_by_its_key(tmp_path: Path)
     edits = {"1082": {"id": "animal/1.jpg", "prompt": "Make it red.", "edit_type": "adjust"}}
     (tmp_path / "basic_edit.json").write_text(json.dumps(edits))
     (item,) = LAYOUTS["imgedit"].read(Source(tmp_path / "basic_edit.json", tmp_path / "pictures", "task4"))
-    shown, said = item.requests[0].segments
+    assert callable(item.requests[0].segments[0]), "pictures are read when asked for, not all at once"
+    shown, said = item.requests[0].read()
     assert isinstance(shown, Image.Image) and shown.size == (8, 8) and said == "Make it red."
     write_answers(tmp_path / "answers", "imgedit", {"1082": [square("red")]})
     export("imgedit", settings(tmp_path, "basic_edit.json", images=str(tmp_path / "pictures")))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["1082.png"]
     with pytest.raises(ValueError, match="is no folder"):
         export("imgedit", settings(tmp_path, "basic_edit.json", output="other"))
+    (tmp_path / "pictures" / "animal" / "1.jpg").write_bytes(b"damaged")
+    (item,) = LAYOUTS["imgedit"].read(Source(tmp_path / "basic_edit.json", tmp_path / "pictures", "task4"))
+    with pytest.raises(ValueError, match=r"1\.jpg"):
+        item.requests[0].read()
+    (tmp_path / "pictures" / "animal" / "1.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1\.jpg is missing"):
+        LAYOUTS["imgedit"].read(Source(tmp_path / "basic_edit.json", tmp_path / "pictures", "task4"))
 
 
 def opening(tmp_path: Path, answer: list[str | Image.Image]) -> Path:
@@ -128,7 +136,7 @@ def test_opening_gives_steps_as_its_judges_read_them(tmp_path: Path) -> None:
     output = opening(tmp_path, [square("blue"), "It flew.", square("red"), square("green"), "The end."])
     options = settings(tmp_path, "test_data.jsonl", images=str(tmp_path / "bench"), output=output.name)
     (item,) = LAYOUTS["opening"].read(Source(Path(options.prompts), Path(options.images), "task4"))
-    said, shown, more = item.requests[0].segments
+    said, shown, more = item.requests[0].read()
     assert (said, more) == ("Go on.", "Please.") and isinstance(shown, Image.Image)
     export("opening", options)
     record = json.loads((output / "0301096.json").read_text())
@@ -206,7 +214,7 @@ def test_comm_continuation_counts_on_from_what_was_shown(tmp_path: Path) -> None
 def test_comm_one_sided_tasks(tmp_path: Path, task: Any, num_shown: int, num_truth: int, has_words: bool) -> None:
     comm(tmp_path)
     (item,) = LAYOUTS["comm"].read(Source(tmp_path / "test.pt", tmp_path / "images", task))
-    segments = item.requests[0].segments
+    segments = item.requests[0].read()
     assert sum(isinstance(segment, Image.Image) for segment in segments) == len(item.record.shown) == num_shown
     assert len(item.record.truth) == num_truth
     assert any("Step 0." in segment for segment in segments if isinstance(segment, str)) == has_words

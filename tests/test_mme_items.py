@@ -61,6 +61,18 @@ def test_layouts_agree(tmp_path):
     assert keys(open_items(folder, templates)) == keys([items[3], items[2], items[1], items[0]])
 
 
+def test_a_missing_shard_of_the_announced_number_is_named(tmp_path):
+    items = small_world_items(2)
+    for number in range(4):
+        write_parquet(items[4 * number : 4 * number + 4], tmp_path / f"data/x-{number:05d}-of-00004.parquet")
+    assert keys(open_items(tmp_path)) == keys(items)
+    with pytest.raises(ValueError, match=r"x-00000-of-00004\.parquet lacks beside x-00001-of-00004\.parquet.*all 4 shards"):
+        open_items(tmp_path / "data/x-00001-of-00004.parquet")
+    (tmp_path / "data/x-00002-of-00004.parquet").unlink()
+    with pytest.raises(ValueError, match=r"data/x-00002-of-00004\.parquet lacks"):
+        open_items(tmp_path)
+
+
 def test_parquet_opens_as_the_copies_on_the_hub(tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     write_parquet(small_world_items(2), tmp_path / "small.parquet")

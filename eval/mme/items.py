@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,6 +35,7 @@ SINGLE_WORD = "Answer the question using a single word or phrase."
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 COLUMNS = ("question_id", "question", "answer", "category")
 ROWS_PER_GROUP = 100
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.parquet")
 
 PROMPT_STYLES: Mapping[str, Callable[[str], str]] = {
     "official": lambda question: question,
@@ -146,7 +148,11 @@ def read_templates(templates: Path, root: Path) -> list[Item]:
 
 
 def read_parquet(shards: Sequence[Path]) -> list[Item]:
-    """The rows of all shards. Pictures are read by row group when asked for."""
+    """The rows of all shards. Pictures are read by row group when asked for.
+
+    Raises `ValueError` naming the shard of x-00000-of-00004.parquet, ... that is not among them.
+    """
+    _require_all(shards)
     texts, images = ParquetFiles(COLUMNS), ParquetFiles(("image",))
     items: list[Item] = []
     for shard in map(str, shards):
@@ -161,6 +167,17 @@ def read_parquet(shards: Sequence[Path]) -> list[Item]:
                 raise ValueError(f"{shard}, row {row}: question_id {record['question_id']!r} is not of {record['category']!r}")
             items.append(Item(subtask, image_id, record["question"], record["answer"], _row_reader(images, shard, row)))
     return _checked(items)
+
+
+def _require_all(shards: Sequence[Path]) -> None:
+    """That names which announce a number of shards are as many."""
+    for shard in shards:
+        if found := SHARD.fullmatch(shard.name):
+            stem, _, total = found.groups()
+            for number in range(int(total)):
+                wanted = shard.with_name(f"{stem}-{number:05d}-of-{total}.parquet")
+                if wanted not in shards:
+                    raise ValueError(f"{wanted} lacks beside {shard.name}; give the folder that holds all {int(total)} shards")
 
 
 def _row_reader(images: ParquetFiles, shard: str, row: int) -> Callable[[], Image.Image]:

@@ -82,7 +82,7 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
 def tasks_of(pairs: Mapping[str, Sequence[Pair]], parser: str, cluster: Callable[[str], str]) -> dict[str, Task]:
     """MME scores of each picture (0, 50 or 200), by subtask."""
     return {
-        name: Task(image_scores(grade_pairs(group, parser)), [cluster(first.image_id) for first, _ in group])
+        name: Task(image_scores(grade_pairs(group, parser)), [cluster(first.image_id) for first, _ in group], maximum=200.0)
         for name, group in pairs.items()
     }
 

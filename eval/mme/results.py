@@ -36,7 +36,7 @@ def result_of(
     """As `grade_folder`, of pairs by subtask; `cluster`: from a picture's name to what was drawn independently."""
     scores = {name: score_pairs(group, parser) for name, group in pairs.items()}
     tasks = {
-        name: Task(image_scores(grade_pairs(group, parser)), [cluster(a.image_id) for a, _ in group])
+        name: Task(image_scores(grade_pairs(group, parser)), [cluster(a.image_id) for a, _ in group], maximum=200.0)
         for name, group in pairs.items()
     }
     floors = {f"always_{word}": _always(pairs, word) for word in ("yes", "no")}
