@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import resource
 import signal
@@ -12,13 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import test_sharding
 import torch
-import torch.multiprocessing as mp
 from test_training import MUON, InterruptedRunError, assert_equal, logged, run_settings, tiny_lanes, tiny_model, weights
 from torch import Tensor, nn
 from torch.distributed import TCPStore
@@ -27,7 +26,8 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from orthus.training import checkpoint, distributed
 from orthus.training.checkpoint import Checkpoints, TrainState, latest
-from orthus.training.fit import EXIT_TERMINATED, fit
+from orthus.training.fit import EXIT_TERMINATED, _sample, fit
+from orthus.training.optim import start_ema
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 TESTS = Path(__file__).parent
@@ -217,7 +217,7 @@ def test_an_error_is_noticed_before_the_next_save(tmp_path: Path, monkeypatch: p
 
 
 def process(index: int, world_size: int, folder: str, plan: Any) -> None:
-    """As in test_sharding, with a slow writer; in the second process there is no room for the third run."""
+    """As in test_sharding, with a slow writer; in the second process there is no room for the last run. Then one draws long."""
     begin = checkpoint._begin
 
     def begin_or_refuse(temporary: Path) -> None:
@@ -238,17 +238,39 @@ def process(index: int, world_size: int, folder: str, plan: Any) -> None:
 
     test_sharding.train = train  # type: ignore[assignment]
     test_sharding.process(index, world_size, folder, plan)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/patient", rank=index, world_size=world_size)
+    state = TrainState(nn.Linear(1, 1), {}, [], {}, waiting=distributed.waiting_group())
+    torch.distributed.set_timeout(timedelta(seconds=0.5))
+    _sample(state, lambda model, step: time.sleep(1.5))  # longer than the others wait where nothing is drawn
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_write_the_shards_of_one_step(tmp_path: Path) -> None:
     """FSDP2 on gloo; what fails in one process fails in both."""
     sharded = {"is_orthus": True, "sharding": "full"}
     in_thread = {**sharded, "async_checkpoints": True}
-    plan = [("waiting", 4, sharded), ("going", 4, in_thread), ("full", 40, in_thread)]
-    multiprocessing.set_forkserver_preload(["test_checkpoints_async"])
-    mp.start_processes(process, args=(2, str(tmp_path), plan), nprocs=2, start_method="forkserver")
+    plan = [("waiting", 3, sharded), ("going", 3, in_thread), ("waiting-whole", 3, {})]
+    plan += [("going-whole", 3, {"async_checkpoints": True}), ("full", 9, {"async_checkpoints": True})]
+    test_sharding.start(process, (2, str(tmp_path), plan), 2, ["test_checkpoints_async"])
     assert_same_checkpoints(tmp_path / "going", tmp_path / "waiting")
+    assert_same_checkpoints(tmp_path / "going-whole", tmp_path / "waiting-whole")
     assert names(tmp_path / "full") == []
+
+
+def test_each_process_copies_a_part_and_nothing_that_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(8)))
+    model[:2].requires_grad_(False)
+    state = TrainState(model, start_ema(model), [], {})
+    monkeypatch.setattr(checkpoint, "world_size", lambda: 3)
+    found, sizes = [], []
+    for number in range(3):
+        monkeypatch.setattr(checkpoint, "rank", lambda number=number: number)
+        changing, resting = checkpoint._to_write(state)
+        assert all(name.startswith(("model.0.", "model.1.")) for name in resting)
+        assert not any(name.startswith(("model.0.", "model.1.")) for name in changing)
+        found += [*changing, *resting]
+        sizes.append(sum(tensor.nbytes for tensor in (*changing.values(), *resting.values())))
+    assert sorted(found) == sorted(checkpoint._tensors(state)) and max(sizes) - min(sizes) <= 20 * 20 * 4
 
 
 # -- processes that torchrun starts again --------------------------------------------------------------------------
@@ -275,3 +297,6 @@ def test_processes_that_are_started_again_meet_each_other(monkeypatch: pytest.Mo
     monkeypatch.setattr(distributed, "JOIN_SECONDS", 0.2)
     with pytest.raises(TimeoutError, match=r"process 0 of 2 waited 0\.2 s for the others"):
         distributed._unused_part(server, 0, 2)
+    fresh = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # in which nobody else has been
+    with pytest.raises(TimeoutError, match=r"process 0 of 2 waited 0\.2 s for the others; look for why one of them ended"):
+        distributed._unused_part(fresh, 0, 2)

@@ -1,14 +1,17 @@
 """`--dry-run` says what a run takes: parameters and state exactly, the rest near what is measured, and what cannot be."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import tiny_config
 from golden_files import published_config, shapes_of_7b
 from test_published_layout import SIZES_OF_7B
 from torch.utils.flop_counter import FlopCounterMode
 
+import train.distil as distil
 import train.posttrain as posttrain
 import train.pretrain as pretrain
 from orthus.configuration import OrthusConfig
@@ -17,10 +20,11 @@ from orthus.data.packing import PackedLoader
 from orthus.data.world.dataset import WorldDataset
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
-from orthus.training import planning
+from orthus.training import checkpoint, operations, planning
+from orthus.training.checkpoint import TrainState
 from orthus.training.optim import build_optimizers, freeze, start_ema
 from orthus.training.settings import OptimSettings, RunSettings
-from orthus.training.stages import DataSettings, load_model
+from orthus.training.stages import DataSettings, SampleSettings, check_stage, load_model
 
 ROOT = Path(__file__).parent.parent
 SMALL = str(ROOT / "checkpoints/orthus-small")
@@ -149,6 +153,17 @@ def test_estimates_are_near_what_is_measured(
     assert estimate + weights == pytest.approx(sum(size for _, size in kept.values()), rel=0.25)
 
 
+def test_heads_may_be_wider_than_the_hidden_states() -> None:
+    """Qwen3-0.6B: 16 heads of 128 on a width of 1024. By hand, of a row of 64 tokens."""
+    fields = {"model_type": "qwen3", "vocab_size": 64, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 2,
+              "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}  # fmt: skip
+    model = planning.meta_model(tiny_config(text_config=fields, head={"cond_dim": 1024}))
+    weights = 1024 * (2 * 2048 + 2 * 1024) + 3 * 1024 * 3072
+    data = DataSettings(tasks={"t2i": 1.0}, rows_per_batch=1, row_length=64)
+    assert planning.flops_per_step(model, data, RUN, 1, 0)["backbone"] == 3 * 2 * (2 * 64 * weights + 4 * 64 * 64 * 2048)
+    assert operations.attention_widths(model.config.text_config) == (2048, 1024)
+
+
 def test_what_costs_more_is_said_to_cost_more() -> None:
     model = small()
     few, more = (
@@ -203,7 +218,7 @@ def test_a_new_model_is_planned_from_its_autoencoder(capsys: pytest.CaptureFixtu
         (["data.row_length=1024"], "data.row_length=1024 exceeds the 512 positions of the backbone"),
         (["--memory", "0.1"], r"do not fit in 0.1 GiB \(--memory\); set run.checkpoint_activations=true"),
         (["--memory", "0.1", "run.checkpoint_activations=true"], "lower data.rows_per_batch from 12"),
-        (["run.sharding=full", "run.lanes=1"], "needs processes to shard over"),
+        (["run.sharding=full", "run.lanes=1", "run.sample_every=0"], "needs processes to shard over"),
         (["--memory", "-1"], "--memory -1.0 is not above 0"),
         (["lora.quantize=int8"], "does not know integer weights"),
     ],
@@ -211,6 +226,74 @@ def test_a_new_model_is_planned_from_its_autoencoder(capsys: pytest.CaptureFixtu
 def test_what_cannot_be_is_refused(arguments: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         posttrain.main([STAGE, f"model={SMALL}", "--dry-run", *arguments])
+
+
+SOURCES = ["data.tasks={}", "data.sources=[{kind: text, path: some.jsonl}]"]
+
+
+@pytest.mark.parametrize("is_planned", [True, False])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run.tensor_parallel=2", "run.sample_every=5"], "which no process holds with run.tensor_parallel=2; set it to 0"),
+        (["run.sharding=full", "run.sample_every=5"], "which no process holds with run.sharding=full; set it to 0"),
+        (["run.tensor_parallel=2", "run.sample_every=0", "lora.rank=4"], "layers with adapters are not split"),
+        (["run.sharding=full", "run.sample_every=0", "lora.quantize=int8"], "integer weights are not sharded"),
+        (["run.eval_every=5", *SOURCES], r"needs data that is held out; give data\.eval_sources"),
+        (
+            ["run.eval_every=5", "samples.num_graded=1", "run.sharding=full", "run.sample_every=0"],
+            r"no process holds a shared one; set samples\.num_graded=0",
+        ),
+        (
+            ["run.eval_every=5", "samples.num_graded=1", "data.eval_sources=[{kind: text, path: a.jsonl}]", *SOURCES],
+            "needs data.tasks of the small world",
+        ),
+        (["data.rows_per_batch=0"], "rows_per_batch=0, .* give at least 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused_before_anything_is_read(
+    arguments: list[str], message: str, is_planned: bool
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        posttrain.main([STAGE, "model=runs/nowhere", *arguments, *["--dry-run"] * is_planned])
+
+
+def test_what_a_stage_knows_is_checked_too() -> None:
+    run = RunSettings("runs/none", 10, eval_every=5)
+    with pytest.raises(ValueError, match="and a stage that grades"):
+        distil.main([str(ROOT / "configs/small/distil.yaml"), "model=runs/nowhere", "run.eval_every=5", "samples.num_graded=1"])
+    check_stage(run, DATA, SampleSettings(num_graded=1))
+    check_stage(RunSettings("runs/none", 10), DATA, SampleSettings(num_graded=1), can_grade=False)  # never asked to
+    with pytest.raises(ValueError, match="run.loss_weights names 'txt'"):
+        posttrain.main([STAGE, f"model={SMALL}", "--dry-run", "run.loss_weights.txt=2.0"])
+
+
+@pytest.mark.parametrize("frozen", [RESTING, FROZEN], ids=["all", "base"])
+def test_the_copy_of_a_checkpoint_is_planned(frozen: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    """It is as large as what a process copies for the writer, in the memory of the CPU."""
+    run, optim = RunSettings("runs/none", 10, async_checkpoints=True), OptimSettings()
+    planned, real = small(), load_model(SMALL, frozen, None, 0)
+    freeze(planned, frozen)
+    for p in real.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+    optimizers = build_optimizers(real, optim)
+    for moved in optimizers:
+        moved.step()
+    changing, _ = checkpoint._to_write(TrainState(real, start_ema(real), optimizers, {}))
+    copied = planning.copied_bytes(planned, run, optim, 1)
+    assert copied == pytest.approx(sum(tensor.nbytes for tensor in changing.values()), rel=1e-3)
+    assert planning.copied_bytes(planned, run, optim, 4) == -(-copied // 4)
+    assert planning.copied_bytes(planned, replace(run, sharding="full"), optim, 4) == pytest.approx(copied / 4, rel=0.05)
+    assert planning.copied_bytes(planned, replace(run, async_checkpoints=False), optim, 1) == 0
+    totals = []
+    for device in ("cpu", "cuda"):
+        for is_async in (False, True):
+            asked = replace(run, device=device, async_checkpoints=is_async)
+            planning.dry_run(planned, DATA, asked, optim, "sdpa", planning.Hardware(memory=8.0))
+            said = capsys.readouterr().out
+            assert ("copy of a checkpoint" in said) == is_async
+            totals.append(float(said.partition("\n  all   ")[2].rpartition("\n  all   ")[2].split()[0]))
+    assert totals[1] - totals[0] == pytest.approx(copied / planning.GIB, abs=0.011) and totals[2] == totals[3]
 
 
 def test_assumptions_without_a_plan_are_refused() -> None:

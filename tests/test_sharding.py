@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,14 @@ def process(index: int, world_size: int, folder: str, plan: Sequence[tuple[str, 
 
 
 def spawn(world_size: int, folder: Path, plan: Sequence[tuple[str, int, dict[str, Any]]]) -> None:
-    multiprocessing.set_forkserver_preload(["test_sharding"])  # imported once for all processes
-    mp.start_processes(process, args=(world_size, str(folder), plan), nprocs=world_size, start_method="forkserver")
+    start(process, (world_size, str(folder), plan), world_size, ["test_sharding"])
+
+
+def start(run: Callable[..., None], args: tuple[Any, ...], num_processes: int, modules: list[str]) -> None:
+    """`run(index, *args)` in new processes, for which a server imports the modules once."""
+    multiprocessing.set_forkserver_preload(modules)
+    os.environ["PYTHONPATH"] = os.pathsep.join(map(str, (TESTS, TESTS.parent)))  # Python 3.11's server knows no other places
+    mp.start_processes(run, args=args, nprocs=num_processes, start_method="forkserver")
 
 
 def assert_same_run(found: Path, expected: Path) -> None:
@@ -183,7 +189,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(ValueError, match="needs processes to shard over; start with torchrun"):
         train(tmp_path / "alone", sharding="full")
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="run.device=cuda is not available here; use run.device=cpu"), joined("cuda"):
+        with pytest.raises(ValueError, match="device=cuda is not available here; use device=cpu"), joined("cuda"):
             pass
     monkeypatch.setattr("orthus.training.fit.world_size", lambda: 3)
     with pytest.raises(ValueError, match="4 lanes cannot be shared by 3 processes; set run.lanes"):

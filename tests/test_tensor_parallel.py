@@ -74,10 +74,17 @@ def check(cases: dict[str, dict[str, Any]], num_steps: int, folder: Path) -> Non
 
 
 def test_split_layers_change_nothing(tmp_path: Path) -> None:
-    """One tensor group of two processes, and two of them with shards. One run goes from the first to the second and ends in one
-    process."""
-    spawn(2, tmp_path, [*split({"llama": {}}, 2), *split(CASES[2], 2)])
+    """One tensor group of two processes; one of the runs ends in one process."""
+    spawn(2, tmp_path, [*split({"llama": {}}, 1), *split(CASES[2], 2)])
     check(CASES[2], 2, tmp_path)
+    train(tmp_path / "llama", 2, **case("llama"))
+    check({"llama": {}}, 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_split_layers_of_sharded_groups_change_nothing(tmp_path: Path) -> None:
+    """Two tensor groups of two processes, with shards; one of the runs begins in one group and ends in one process."""
+    spawn(2, tmp_path, split({"llama": {}}, 2))
     sharded = {"sharding": "full", "checkpoint_activations": True}
     spawn(4, tmp_path, [*split({"llama": sharded}, 3), *split(CASES[4], 2)])
     check(CASES[4], 2, tmp_path)
@@ -173,6 +180,12 @@ def test_the_plan_of_a_split_run(sharding: Any, capsys: pytest.CaptureFixture[st
     assert len(build_optimizers(model, optim)) == 1 and next(model.parameters()).device.type == "cpu"  # itself is as before
     assert planning.resolve(run, planning.Hardware()) == (2, 1)
     meta, data = planning.meta_model(model.config), DataSettings(tasks={"t2i": 1.0}, rows_per_batch=1, row_length=64)
+    one, other = (planning.flops_per_step(meta, data, run, 1, num_parts=size) for size in (1, 2))
+    assert other == {**one, "backbone": one["backbone"] / 2}  # also attention; heads and tables are not split
+    gathered = planning.meta_model(tiny_model(text_config=BACKBONES["chameleon"]).config)
+    one, other = (planning.flops_per_step(gathered, data, run, 1, num_parts=size)["backbone"] for size in (1, 2))
+    scores = 3 * 4 * 64**2 * 32 * 2  # three passes through two layers, in which each process has all heads
+    assert other - scores == (one - scores) / 2
     disks, seconds = set(), []
     for size in (1, 2):
         planning.dry_run(meta, data, replace(run, tensor_parallel=size), optim, "sdpa", planning.Hardware(4, 80.0, tflops=1e-6))

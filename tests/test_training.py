@@ -149,9 +149,7 @@ def test_complete_run_says_so_and_a_longer_one_goes_on(tmp_path: Path, capsys: p
     assert [record["step"] for record in logged(tmp_path)] == [2, 4]
 
 
-def test_a_longer_run_that_dies_before_its_model_is_written_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_longer_run_that_dies_before_its_model_is_written_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2), FAST)
     before = weights(tmp_path)
     with monkeypatch.context() as broken, pytest.raises(InterruptedRunError):
@@ -236,6 +234,28 @@ def test_half_written_checkpoints_are_ignored_and_old_ones_deleted(tmp_path: Pat
     (folder / "step-00000007" / MARKER).unlink()
     assert latest(tmp_path) == folder / "step-00000005"
     assert latest(tmp_path / "nowhere") is None
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_no_error_of_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a deletion that ends in the middle leaves nothing that passes for a whole checkpoint."""
+    remove = shutil.rmtree
+
+    def remove_half(path: Path, ignore_errors: bool = False) -> None:
+        if "step-00000001" in path.name:
+            remove(path / "tensors")
+            raise OSError("stale file handle")
+        remove(path, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", remove_half)
+    with pytest.warns(UserWarning, match=r"step-00000001, .* not needed any more, could not be deleted \(stale file handle\)"):
+        fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=2, save_every=1, keep_checkpoints=1), FAST)
+    monkeypatch.undo()
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == [".step-00000001.old", "step-00000002"]
+    fit(tiny_model(), tiny_lanes(), run_settings(tmp_path, num_steps=3, save_every=1, keep_checkpoints=1), FAST)
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
 
 
 def fresh_state(model: nn.Module, optim: OptimSettings = FAST) -> TrainState:

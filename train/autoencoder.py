@@ -16,10 +16,11 @@ from orthus.data.pictures import PictureLoader, SourcePictures
 from orthus.data.sources import SourceSettings, open_mixture
 from orthus.data.world.scene import WorldConfig
 from orthus.image_processing import OrthusImageProcessor
-from orthus.training.checkpoint import Loader, write_model
+from orthus.training.checkpoint import Loader
 from orthus.training.distributed import joined
 from orthus.training.evaluation import Evaluation
 from orthus.training.fit import fit
+from orthus.training.folders import write_model
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings
 

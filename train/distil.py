@@ -12,7 +12,7 @@ from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
 from orthus.training.distillation import Distillation, DistillationSettings
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
-from orthus.training.stages import DataSettings, SampleSettings, run_stage
+from orthus.training.stages import DataSettings, SampleSettings, check_stage, run_stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +29,7 @@ class DistilStage(DistillationSettings):
 
 def main(argv: Sequence[str]) -> None:
     stage = load_settings(DistilStage, argv[0], argv[1:])
+    check_stage(stage.run, stage.data, stage.samples, can_grade=False)
     model = OrthusForConditionalGeneration.from_pretrained(stage.model, dtype=torch.float32)
     model.set_attn_implementation(stage.attention)
     processor = OrthusProcessor.from_pretrained(stage.model)

@@ -17,7 +17,7 @@ from orthus.processing import OrthusProcessor
 from orthus.training import planning
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
-from orthus.training.stages import DataSettings, LoraSettings, SampleSettings, load_model, replace_head, run_stage
+from orthus.training.stages import DataSettings, LoraSettings, SampleSettings, check_stage, load_model, replace_head, run_stage
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class PostStage:
 def main(argv: Sequence[str]) -> None:
     argv, hardware = planning.requested(argv)
     stage = load_settings(PostStage, argv[0], argv[1:])
+    check_stage(stage.run, stage.data, stage.samples, stage.lora)
     if hardware is not None:
         planning.dry_run(planned_model(stage), stage.data, stage.run, stage.optim, stage.attention, hardware)
         return

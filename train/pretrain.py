@@ -27,7 +27,7 @@ from orthus.processing import OrthusProcessor, build_processor
 from orthus.training import planning
 from orthus.training.optim import freeze
 from orthus.training.settings import OptimSettings, RunSettings, load_settings, to_dict
-from orthus.training.stages import DataSettings, SampleSettings, first_examples, run_stage
+from orthus.training.stages import DataSettings, SampleSettings, check_stage, first_examples, run_stage
 
 CODEBOOK_BATCHES, PICTURES_PER_BATCH = 32, 64
 MAX_EXAMPLES = 20_000  # in which pictures for the codebook are looked for
@@ -57,6 +57,7 @@ class BaseStage:
 def main(argv: Sequence[str]) -> None:
     argv, hardware = planning.requested(argv)
     stage = load_settings(BaseStage, argv[0], argv[1:])
+    check_stage(stage.run, stage.data, stage.samples)
     if hardware is not None:
         planning.dry_run(planned_model(stage), stage.data, stage.run, stage.optim, stage.attention, hardware)
         return

@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from orthus.adapters import is_quantized
 from orthus.training import settings as settings_file
-from orthus.training.distributed import barrier, rank, world_size
-from orthus.training.optim import averaged
-from orthus.training.sharding import whole
+from orthus.training.distributed import rank, world_size
+from orthus.training.folders import discard, publish, remove_leftovers
 
 MARKER = "complete.json"
 TENSORS = "tensors"
@@ -65,6 +65,7 @@ class TrainState:
     seconds: float = 0.0  # spent training, over all restarts
     window: dict[str, float] = dataclasses.field(default_factory=dict)  # sums since the last logged step
     mesh: DeviceMesh | None = None  # of the processes, (data, tensor), where layers are split
+    waiting: dist.ProcessGroup | None = None  # all processes, where they wait for what the first does alone
 
 
 class Checkpoints:
@@ -72,7 +73,8 @@ class Checkpoints:
     calls it in the same steps.
 
     `is_async`: `save` copies the tensors to the memory of the CPU and returns, and a thread writes while training goes on; one
-    checkpoint at a time. What `save`, `wait` and the end of the block raise is then of an earlier `save`.
+    checkpoint at a time. What `save`, `wait` and the end of the block raise is then of an earlier `save`. Weights that do not
+    train are not copied, and of what all processes hold each copies and writes a part.
     """
 
     def __init__(self, output_dir: str | os.PathLike[str], settings: dict[str, Any], keep: int, is_async: bool = False) -> None:
@@ -112,7 +114,8 @@ class Checkpoints:
         if self.thread is None:
             self._write(state.step, _tensors(state), files, json.dumps(marker))
         else:
-            tensors = cast(dict[str, Tensor], self.stager.stage(_tensors(state)))
+            changing, resting = _to_write(state)
+            tensors = cast(dict[str, Tensor], self.stager.stage(changing)) | resting
             self.writing = self.thread.submit(self._write, state.step, tensors, files, json.dumps(marker))
 
     def wait(self) -> None:
@@ -149,9 +152,9 @@ class Checkpoints:
             return
         settings_file.save(self.settings, temporary / "settings.yaml")
         (temporary / MARKER).write_text(marker, encoding="utf-8")
-        _publish(temporary, final)
+        publish(temporary, final)
         for _, old in _finished(self.output_dir)[: -self.keep]:
-            shutil.rmtree(old)
+            discard(old)
 
     def _agreed(self, work: Callable[[], object]) -> None:
         """Work in every process, which waits for the others and raises the first OSError of any."""
@@ -217,25 +220,6 @@ def load_checkpoint(state: TrainState, path: str | os.PathLike[str]) -> None:
         loader.load_state_dict(torch.load(folder / f"lane-{lane:05d}.pt", weights_only=True))
 
 
-def save_model(model: nn.Module, ema: dict[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write the model with its averaged weights through `model.save_pretrained` (safetensors), atomically; every process calls
-    this, and the first one writes."""
-    with averaged(model, ema), whole(model) as options:
-        if rank() == 0:
-            write_model(model, path, **options)
-    barrier()
-
-
-def write_model(model: nn.Module, path: str | os.PathLike[str], **options: Any) -> None:
-    """`model.save_pretrained(path, **options)` in this process, atomically."""
-    final = Path(path)
-    temporary = final.with_name(f".{final.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    cast(Any, model).save_pretrained(temporary, **options)
-    _publish(temporary, final)
-
-
 # -- tensors -------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +251,22 @@ def _tensors(state: TrainState) -> dict[str, Tensor]:
         for slot, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{slot}"] = value if isinstance(value, Tensor) else torch.tensor(value)
     return tensors
+
+
+def _to_write(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the run's tensors those that this process is to write: what training changes, and weights that rest. Of whole tensors,
+    which all processes hold alike, each has about as many bytes; of shared ones, its own part."""
+    frozen = {f"model.{name}" for name, p in state.model.named_parameters() if not p.requires_grad}
+    written: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    loads = [0] * world_size()
+    for name, tensor in sorted(_tensors(state).items(), key=lambda item: -item[1].nbytes):
+        writer = rank()
+        if not isinstance(tensor, DTensor):
+            writer = min(range(world_size()), key=loads.__getitem__)
+            loads[writer] += tensor.nbytes
+        if writer == rank():  # a quantised weight is there as its parts
+            written[name in frozen or name.rpartition(".")[0] in frozen][name] = tensor
+    return written
 
 
 def _stored_tensors(reader: FileSystemReader, folder: Path, written_by: str) -> dict[str, Any]:
@@ -365,32 +365,8 @@ def _finished(output_dir: str | os.PathLike[str]) -> list[tuple[int, Path]]:
 
 def _begin(temporary: Path) -> None:
     if rank() == 0:
-        for leftover in temporary.parent.glob(".step-*.tmp"):
-            shutil.rmtree(leftover)
+        remove_leftovers(temporary.parent, "step-*")
         temporary.mkdir(parents=True)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    """Flush a finished folder to the disk and give it its name; a folder of that name is replaced."""
-    for path in (*temporary.rglob("*"), temporary):
-        _fsync(path)
-    if final.exists():
-        replaced = final.with_name(f".{final.name}.old")
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-        os.rename(temporary, final)
-        shutil.rmtree(replaced)
-    else:
-        os.rename(temporary, final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _silence_single_process() -> None:

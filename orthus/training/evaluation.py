@@ -1,7 +1,8 @@
 """Small evaluations during a run, with the averaged weights: losses on held-out batches, and a score of what the model draws.
 
 Held-out batch i of `run.eval_batches` is the first batch of lane i, and its noise is seeded by i alone: the same batches and
-noise each time, in every run, with any number of processes. Nothing of it touches the run.
+noise each time, in every run, with any number of processes. Nothing of it touches the run. Lane i has examples i,
+i + eval_batches, ... of the data: where there are too few for a batch, it has them again, and they count as often.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from orthus.training.checkpoint import TrainState
 from orthus.training.distributed import barrier, rank, world_size
+from orthus.training.operations import AMOUNTS
 from orthus.training.optim import averaged
 from orthus.training.settings import RunSettings
 from orthus.training.step import Batch, batch_totals, loss_weights, noise_seed, to_device
@@ -38,10 +40,8 @@ class Evaluator:
     """The held-out batches of this process; every process calls it at the same steps."""
 
     def __init__(self, evaluation: Evaluation, run: RunSettings) -> None:
-        if evaluation.score is not None and (run.sharding != "no" or run.tensor_parallel > 1):
-            raise ValueError(
-                "scores are of pictures that a whole model draws, and no process holds a shared one; set samples.num_graded=0"
-            )
+        if evaluation.score is not None:
+            check_scores(run)
         self.score, self.run = evaluation.score, run
         num_groups = world_size() // run.tensor_parallel  # of processes, each of which evaluates other batches
         self.batches: dict[int, Batch] = {}  # as many in each process, for sharded layers; those beyond the number do not count
@@ -59,8 +59,16 @@ class Evaluator:
             found = held_out_losses(model, self.batches, self.run)
             if self.score is not None:
                 found |= self.score(model, state.step) if rank() == 0 else {}
-                barrier()
+                barrier(state.waiting)
         return {**found, "eval/seconds": time.perf_counter() - started}
+
+
+def check_scores(run: RunSettings) -> None:
+    """ValueError where no process could draw the pictures that are scored."""
+    if run.shares_weights:
+        raise ValueError(
+            "scores are of pictures that a whole model draws, and no process holds a shared one; set samples.num_graded=0"
+        )
 
 
 def evaluator(evaluation: Evaluation | None, run: RunSettings) -> Evaluator | None:
@@ -75,7 +83,7 @@ def evaluator(evaluation: Evaluation | None, run: RunSettings) -> Evaluator | No
 def held_out_losses(model: nn.Module, batches: dict[int, Batch], run: RunSettings) -> dict[str, float]:
     """Mean of each loss term over all targets of the batches of all processes, and their weighted sum."""
     weights, device = loss_weights(model, run), torch.device(run.device)
-    totals = torch.zeros(2 * len(weights) + 2, dtype=torch.float64, device=device)
+    totals = torch.zeros(2 * len(weights) + len(AMOUNTS), dtype=torch.float64, device=device)
     for place, batch in batches.items():
         torch.manual_seed(noise_seed(SEED, 0, place))
         with torch.autocast(device.type, torch.bfloat16, enabled=run.autocast == "bfloat16"):
@@ -84,7 +92,7 @@ def held_out_losses(model: nn.Module, batches: dict[int, Batch], run: RunSetting
             totals += batch_totals(output, weights, batch, device)
     if world_size() > 1:
         dist.all_reduce(totals)
-    sums, counts, _ = totals.split([len(weights), len(weights), 2])
+    sums, counts, _ = totals.split([len(weights), len(weights), len(AMOUNTS)])
     means = {k: total / count for k, total, count in zip(weights, sums.tolist(), counts.tolist(), strict=True) if count}
     if not means:
         raise ValueError(f"no held-out batch has a target for any of {list(weights)}; check their labels, or run.eval_every=0")

@@ -32,10 +32,10 @@ from orthus.training.checkpoint import (
     latest,
     load_checkpoint,
     num_lanes,
-    save_model,
 )
-from orthus.training.distributed import barrier, rank, world_size
+from orthus.training.distributed import barrier, rank, waiting_group, world_size
 from orthus.training.evaluation import Evaluation, evaluator
+from orthus.training.folders import save_model
 from orthus.training.metrics import MetricsLog
 from orthus.training.optim import averaged, build_optimizers, start_ema
 from orthus.training.reporting import TrainingFlops, report
@@ -101,7 +101,9 @@ def fit(
                 checkpoints.wait()
                 _say(f"terminated: saved step {state.step} of {run.num_steps}; the same command resumes")
                 raise SystemExit(EXIT_TERMINATED)
-    save_model(model, state.ema, final)
+    save_model(model, state.ema, final, state.waiting)
+    if state.waiting is not None:
+        dist.destroy_process_group(state.waiting)
     if rank() == 0:
         done.write_text(json.dumps({"step": state.step}) + "\n", encoding="utf-8")
 
@@ -132,7 +134,7 @@ def _start(
     loaders = {lane: make_loader(lane, lanes) for lane in mine}
     loss_weights(model, run)
     ema = start_ema(model) if run.ema_decay else {}
-    state = TrainState(model, ema, build_optimizers(model, optim), loaders, lanes, mesh=mesh)
+    state = TrainState(model, ema, build_optimizers(model, optim), loaders, lanes, mesh=mesh, waiting=waiting_group())
     if newest is not None:
         load_checkpoint(state, newest)
         changed = differences(read(newest / "settings.yaml"), settings)
@@ -166,7 +168,7 @@ def _sample(state: TrainState, on_sample: Callable[[nn.Module, int], None]) -> N
     if rank() == 0:
         with averaged(state.model, state.ema) as model, torch.no_grad():
             on_sample(model, state.step)
-    barrier()
+    barrier(state.waiting)
 
 
 @contextmanager

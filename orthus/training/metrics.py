@@ -6,7 +6,8 @@ import importlib
 import json
 import os
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ NOT_CURVES = ("step", "seconds", "eval/seconds")
 
 class MetricsLog:
     """Appends to a JSON-lines file; each line reaches the operating system at once, so a kill loses at most one. Where
-    TensorBoard is installed, its files are written beside, in `tensorboard/`. To be closed, as a context, when the run ends."""
+    TensorBoard is installed, its files are written beside, in `tensorboard/`. To be closed, as a context, when the run ends;
+    wandb is told where an error has ended it."""
 
     def __init__(
         self,
@@ -30,21 +32,23 @@ class MetricsLog:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.board: Any = None
+        if self.path.exists():
+            kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_step]
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            with self._disk():
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+                os.replace(temporary, self.path)
         self.tracker = open_tracker(tracker, self.path.parent, settings or {})
+        self.failure = {"exit_code": 1} if tracker == "wandb" else {}  # for `finish`
         with suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=resumed_step + 1)
-        if self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= resumed_step]
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one record; it must hold `step`."""
+        """Append one record; it must hold `step`. OSError on a full disk."""
         assert "step" in record, record
-        with self.path.open("a", encoding="utf-8") as file:
+        with self._disk(), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self.board is not None:
             for name, value in record.items():
@@ -56,17 +60,27 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if self.board is not None:
             self.board.close()
         if self.tracker is not None:
-            self.tracker.finish()
+            self.tracker.finish(**(self.failure if error is not None else {}))
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        """In which an OSError says what could not be written, and what helps."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(f"{self.path} could not be written ({error}); if its disk is full, free space; the same command goes "
+                          "on from the newest checkpoint") from error  # fmt: skip
 
 
 def open_tracker(name: str, folder: Path, settings: dict[str, Any]) -> Any:
     """The package "wandb" or "trackio" with a run begun in it, or gone on with where `folder` has one; None for "no".
 
     The project is that of WANDB_PROJECT or TRACKIO_PROJECT in the environment, else "orthus". ImportError without the package.
+    After a crash a run goes on from its newest checkpoint, and the tracker gets the steps since then once more.
     """
     if name == "no":
         return None

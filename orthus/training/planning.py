@@ -16,22 +16,23 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModel
 
 from orthus.configuration import OrthusConfig
 from orthus.conversion import config_from_published, is_published
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.text_head import MAX_LOGIT_BYTES
+from orthus.training import operations
 from orthus.training.optim import build_optimizers
 from orthus.training.settings import OptimSettings, RunSettings
 from orthus.training.sharding import backbone_layers, root_parameters
-from orthus.training.tensor_parallel import layer_styles, part_of
+from orthus.training.step import loss_weights
+from orthus.training.tensor_parallel import head_parts, part_of
 
 if TYPE_CHECKING:
     from orthus.training.stages import DataSettings
 
 GIB = 2**30
+COPY = "copy of a checkpoint"
 AROUND_PICTURE, AROUND_EXAMPLE = 2, 4  # begin and end of image; <s>, a token of the user's, a separator for each turn
 PICTURES = {"t2i": 1, "vqa": 1, "describe": 1, "edit": 2, "story": 2}  # in the shortest example of a task of the small world
 PICTURES_OF_KIND = {"text": 0, "editing": 2}  # of a kind of source; 1 for others
@@ -122,6 +123,16 @@ def state_bytes(model: nn.Module, run: RunSettings, optim: OptimSettings, proces
     return {"weights": weights, "gradients": trainable, "optimiser states": slots, "averaged weights (EMA)": averages}
 
 
+def copied_bytes(model: nn.Module, run: RunSettings, optim: OptimSettings, processes: int) -> int:
+    """Estimate: of the copy in the CPU's memory from which a checkpoint is written while training goes on. Weights that do not
+    train are not copied, and of tensors that all processes hold each copies a part."""
+    if not run.async_checkpoints:
+        return 0
+    kept = state_bytes(model, run, optim, processes)
+    copied = kept["gradients"] + kept["optimiser states"] + kept["averaged weights (EMA)"]  # a gradient is as large as its weight
+    return copied if run.shares_weights else -(-copied // processes)
+
+
 def _share(tensor: Tensor, shards: int) -> int:
     if shards == 1 or tensor.ndim == 0:
         return tensor.nbytes
@@ -156,9 +167,7 @@ def passing_bytes(model: Any, run: RunSettings, processes: int) -> int:
 def layer_bytes_per_token(config: Any, residual: int, size: int, parts: int = 1, head_parts: int = 1) -> int:
     """Estimate: what autograd keeps of one layer: two norms, query, key, value, attention's output, and a gated MLP. `parts`:
     into which the MLP is split, `head_parts`: attention."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    queries, keys = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    hidden, (queries, keys) = config.hidden_size, operations.attention_widths(config)
     norms = 2 * (4 + residual + size) * hidden
     attention = size * (2 * queries + 2 * keys) + (size * (queries + keys) if config.model_type == "chameleon" else 0)
     return norms + attention // head_parts + 4 * size * int(getattr(config, "intermediate_size", None) or 4 * hidden) // parts
@@ -174,11 +183,10 @@ def activation_bytes(
     num_tokens, num_images = rows * length, images_per_batch(config, data)
     size, is_low = _compute_size(model, run), _is_low(run)
     residual = 2 if is_low else next(model.parameters()).element_size()
-    parts = run.tensor_parallel
-    head_parts = parts if parts == 1 or "colwise_gather_output" not in layer_styles(model, parts).values() else 1
-    per_layer = num_tokens * layer_bytes_per_token(text, residual, size, parts, head_parts)
+    of_heads = head_parts(model, run.tensor_parallel)
+    per_layer = num_tokens * layer_bytes_per_token(text, residual, size, run.tensor_parallel, of_heads)
     if attention == "eager":
-        per_layer += rows * text.num_attention_heads // head_parts * length**2 * (size + 4)
+        per_layer += rows * text.num_attention_heads // of_heads * length**2 * (size + 4)
     num_layers, stream = len(backbone_layers(model)), num_tokens * text.hidden_size * residual
     layers = num_layers * stream + per_layer if is_checkpointed else num_layers * per_layer
     mask = rows * length**2 * size
@@ -213,37 +221,22 @@ def images_per_batch(config: Any, data: DataSettings) -> int:
 
 
 def flops_per_step(
-    model: OrthusForConditionalGeneration, data: DataSettings, run: RunSettings, lanes: int, num_images: int | None = None
+    model: OrthusForConditionalGeneration,
+    data: DataSettings,
+    run: RunSettings,
+    lanes: int,
+    num_images: int | None = None,
+    num_parts: int = 1,
 ) -> dict[str, float]:
-    """Estimate by part: two operations per weight and position forward, as many for the gradients of inputs, and again for those
-    of weights that train. Attention is over whole rows. `num_images`: of all lanes; default: as many as there can be."""
-    config, text = model.config, model.config.text_config
+    """Estimate by part, as [`operations.flops`], with attention over whole rows and every token a target. `num_images`: of all
+    lanes; default: as many as there can be. `num_parts`: of one process of so many that split the layers between them."""
     num_tokens = lanes * data.rows_per_batch * data.row_length
-    num_images = lanes * images_per_batch(config, data) if num_images is None else num_images
-    num_latents, layers = num_images * config.num_latents, backbone_layers(model)
-    matrices = [p for layer in layers for p in layer.parameters() if p.ndim >= 2]
-    forward, learned = (2 * num_tokens * sum(p.numel() for p in matrices if p.requires_grad or every) for every in (True, False))
-    passes = 3 if run.checkpoint_activations else 2
-    scores = 4 * num_tokens * data.row_length * text.hidden_size * len(layers)
-    head, draws = model.diffusion_head, config.head_config.num_noise_draws
-    once = head.cond_embed.weight.numel()
-    per_latent = 2 * (draws * (sum(p.numel() for p in head.parameters()) - once) + once)
-    soft_vq = 2 * config.num_codes * (config.head_config.latent_dim + text.hidden_size)
-    return {
-        "backbone": float(passes * forward + learned + (passes + 1) * scores),
-        "LM head": 3.0 * 2 * max(num_tokens - num_latents, 0) * model.lm_head.weight.numel(),
-        "diffusion head": 3.0 * num_latents * per_latent,
-        "soft VQ": 0.0 if config.latent_embedding == "linear" else 3.0 * num_latents * soft_vq,
-        "picture encoder": float(num_images * encoder_flops(model)) if num_images and data.latents is None else 0.0,
-    }
-
-
-def encoder_flops(model: OrthusForConditionalGeneration) -> int:
-    """Exact for matrix products and convolutions: of encoding one picture."""
-    size = model.config.autoencoder_config.image_size
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        AutoModel.from_config(model.config.autoencoder_config).encode(torch.empty(1, 3, size, size))
-    return int(counter.get_total_flops())
+    num_images = lanes * images_per_batch(model.config, data) if num_images is None else num_images
+    num_latents = num_images * model.config.num_latents
+    work = operations.Work(num_tokens, num_tokens * data.row_length / head_parts(model, num_parts), num_images,
+                           max(num_tokens - num_latents, 0), num_latents)  # fmt: skip
+    part = cast(OrthusForConditionalGeneration, part_of(model, num_parts))
+    return operations.flops(part, work, data.latents is None, run.checkpoint_activations)
 
 
 def resolve(run: RunSettings, hardware: Hardware) -> tuple[int, int]:
@@ -296,6 +289,7 @@ def dry_run(
     """Print what the run will take. ValueError if it cannot start, or (after printing) if it does not fit."""
     processes, lanes = resolve(run, hardware)
     check_rows(model.config, data)
+    loss_weights(model, run)
     for line in (*_parameter_lines(model), *_work_lines(model, data, run, processes, lanes, hardware)):
         print(line)
     kept, passing = state_bytes(model, run, optim, processes), passing_bytes(model, run, processes)
@@ -303,6 +297,9 @@ def dry_run(
     taken = {**kept, "copies and sums of weights": passing, "logits": logit_bytes(model, data, run)}
     taken["activations"] = activations[run.checkpoint_activations]
     hosted = [name for name in kept if run.sharding == "offload"]
+    if run.async_checkpoints:
+        taken[COPY] = copied_bytes(model, run, optim, processes)
+        hosted += [COPY] if run.device != "cpu" else []
     used = sum(size for name, size in taken.items() if name not in hosted)
     memory, place = present_memory(run, processes)
     if hardware.memory is not None:
@@ -310,7 +307,7 @@ def dry_run(
     print(f"\nmemory of each of {processes} processes, sharding={run.sharding}, tensor_parallel={run.tensor_parallel}, in GiB")
     for name, size in taken.items():
         estimate = "" if name in kept else "  (estimate)"
-        print(f"  {name:<28}{size / GIB:>9.2f}{'  in the RAM' if name in hosted else estimate}")
+        print(f"  {name:<28}{size / GIB:>9.2f}{estimate}{'  in the RAM' if name in hosted else ''}")
     others = "without" if run.checkpoint_activations else "with"
     print(f"  all{used / GIB:>34.2f}  of {memory / GIB:.1f} ({place}); {others} run.checkpoint_activations activations take "
           f"{activations[not run.checkpoint_activations] / GIB:.2f}")  # fmt: skip
@@ -338,7 +335,7 @@ def _work_lines(model: Any, data: DataSettings, run: RunSettings, processes: int
     flops = flops_per_step(model, data, run, lanes)
     total, device = sum(flops.values()), "cuda" if run.device.startswith("cuda") else "cpu"
     tflops = hardware.tflops or TFLOPS[device]
-    one_of_each_group = flops_per_step(cast(Any, part_of(model, run.tensor_parallel)), data, run, lanes)
+    one_of_each_group = flops_per_step(model, data, run, lanes, num_parts=run.tensor_parallel)
     seconds = sum(one_of_each_group.values()) / (processes // run.tensor_parallel * tflops * 1e12)
     by_part = ", ".join(f"{name} {value / 1e12:.3g}" for name, value in flops.items())
     images = lanes * images_per_batch(model.config, data)
@@ -368,5 +365,6 @@ def _remedy(run: RunSettings, data: DataSettings) -> str:
         "set run.sharding=full": run.sharding != "no",
         "give more processes": run.sharding == "offload",
         "set run.sharding=offload": run.sharding == "offload",
+        "set run.async_checkpoints=false": not run.async_checkpoints or run.device != "cpu",
     }
     return next((way for way, is_taken in ways.items() if not is_taken), "lower data.row_length or take a smaller model")

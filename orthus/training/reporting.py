@@ -13,11 +13,12 @@ import torch.distributed as dist
 from orthus.training.checkpoint import TrainState
 from orthus.training.distributed import world_size
 from orthus.training.metrics import MetricsLog
+from orthus.training.operations import Work, work_of
 from orthus.training.settings import RunSettings
 from orthus.training.step import loss_weights
 
-TrainingFlops = Callable[[float, float], float]
-"""Operations that a model needs to train on so many tokens and so many pictures, without what a run computes twice."""
+TrainingFlops = Callable[[Work], float]
+"""Operations that a model needs to train on so much, without what a run computes twice."""
 
 PEAK_FLOPS: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"GB200"}), 2500e12),
@@ -92,13 +93,18 @@ def speed(
     window: dict[str, float], seconds: float, run: RunSettings, training_flops: TrainingFlops | None = None
 ) -> dict[str, float]:
     """`tokens_per_second` (padding too) and `images_per_second` of all processes together, where there are any; and `mfu`, the
-    share of the devices' peak that the model's own operations take (arXiv 2204.02311, appendix B), where both are known."""
-    num_tokens, num_images = window.get("tokens", 0.0), window.get("images", 0.0)
-    counts = {"tokens_per_second": num_tokens, "images_per_second": num_images}
+    share of the devices' peak that the model's own operations take (arXiv 2204.02311, appendix B), where both are known.
+
+    `mfu` counts the matrix products that the examples need, forward and backward: layers at each token that is not padding,
+    attention between the tokens of an example (also those that a causal mask or a window hides), the LM head at text targets, the
+    diffusion head at latent targets, soft VQ and encoder for each picture. Nothing counts twice, whatever is computed again.
+    Seconds are those of reading batches and of steps, not of evaluating, drawing, or what a save makes training wait.
+    """
+    counts = {f"{name}_per_second": window.get(name, 0.0) for name in ("tokens", "images")}
     found = {name: count / seconds for name, count in counts.items() if count}
     peak = None if training_flops is None else peak_flops(run)
     if training_flops is not None and peak is not None:
-        found["mfu"] = training_flops(num_tokens, num_images) / seconds / (world_size() * peak)
+        found["mfu"] = training_flops(work_of(window)) / seconds / (world_size() * peak)
     return found
 
 

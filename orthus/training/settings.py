@@ -86,6 +86,11 @@ class RunSettings:
         _require(self, "ema_decay", 0 <= self.ema_decay < 1, "a number in [0, 1)")
         _require(self, "num_threads", self.num_threads is None or self.num_threads >= 1, "null or at least 1")
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.sharding != "no" or self.tensor_parallel > 1
+
 
 def load_settings(cls: type[T], path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> T:
     """Fill the dataclass `cls` from the YAML file `path` and `overrides` such as `optim.peak_lr=2e-4` (last one wins).

@@ -36,7 +36,7 @@ def prepare(model: nn.Module, run: RunSettings, mesh: DeviceMesh | None = None) 
         for layer in backbone_layers(model):
             layer.compile()
     if mesh is not None:
-        _check_divisible(model, run, f"run.tensor_parallel={run.tensor_parallel}")
+        _check_divisible(model, run)
         split_layers(model, mesh)
     if run.sharding != "no":
         _shard(model, run, mesh)
@@ -50,14 +50,25 @@ def backbone_layers(model: nn.Module) -> list[nn.Module]:
     return max((list(layers) for layers in lists), key=len)
 
 
-def _check_divisible(model: nn.Module, run: RunSettings, wish: str) -> None:
+def _check_divisible(model: nn.Module, run: RunSettings) -> None:
+    is_adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    check_shared_weights(run, is_adapted, any(map(is_quantized, model.parameters())))
+
+
+def check_shared_weights(run: RunSettings, is_adapted: bool, has_integers: bool) -> None:
+    """ValueError for what a run cannot do that shares weights over processes, if it does. `is_adapted`: has adapters;
+    `has_integers`: as weights."""
+    if not run.shares_weights:
+        return
+    is_split = run.tensor_parallel > 1
+    wish = f"run.tensor_parallel={run.tensor_parallel}" if is_split else f"run.sharding={run.sharding}"
     if run.sample_every:
         raise ValueError(
             f"run.sample_every draws with the whole model, which no process holds with {wish}; set it to 0 and draw from final/"
         )
-    if any(map(is_quantized, model.parameters())):
+    if has_integers:
         raise ValueError(f"integer weights are not sharded or split ({wish}); use run.sharding=no and run.tensor_parallel=1")
-    if run.tensor_parallel > 1 and any(".lora_" in name for name, _ in model.named_parameters()):
+    if is_split and is_adapted:
         raise ValueError(
             f"layers with adapters are not split ({wish}); use run.tensor_parallel=1, and run.sharding=full to shard them"
         )
@@ -66,7 +77,7 @@ def _check_divisible(model: nn.Module, run: RunSettings, wish: str) -> None:
 def _shard(model: nn.Module, run: RunSettings, mesh: DeviceMesh | None) -> None:
     if not dist.is_initialized():
         raise ValueError(f"run.sharding={run.sharding} needs processes to shard over; start with torchrun, or leave it out")
-    _check_divisible(model, run, f"run.sharding={run.sharding}")
+    _check_divisible(model, run)
     device = torch.device(run.device).type
     mesh = init_device_mesh(device, (dist.get_world_size(),)) if mesh is None else mesh["data"]
     is_low = run.autocast == "bfloat16" and device == "cuda"

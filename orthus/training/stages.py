@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,13 +26,15 @@ from orthus.data.world.scene import WorldConfig
 from orthus.diffusion_head import DiffusionHead, init_layer
 from orthus.modeling import OrthusForConditionalGeneration
 from orthus.processing import OrthusProcessor
-from orthus.training import evaluation, planning
+from orthus.training import evaluation, operations
 from orthus.training.distributed import joined
+from orthus.training.evaluation import check_scores
 from orthus.training.fit import fit
 from orthus.training.metrics import plot_curves
 from orthus.training.optim import freeze
 from orthus.training.reporting import TrainingFlops, peak_flops
 from orthus.training.settings import OptimSettings, RunSettings
+from orthus.training.sharding import check_shared_weights
 
 Judge = Callable[[Mapping[str, Any], Image.Image], bool]
 """From an item in GenEval's form and a picture to whether the picture shows it."""
@@ -45,7 +47,8 @@ class DataSettings:
 
     tasks: mixing weights of the small world's tasks; {}: no small world.
     sources: data of your own; see [`SourceSettings`]. `world_weight`: share of the small world beside them.
-    eval_sources: data of your own that is held out, for `run.eval_every`; of the small world its validation split is.
+    eval_sources: data of your own that is held out, for `run.eval_every`; of the small world its validation split is. Where there
+        is too little for `run.eval_batches` batches, examples repeat.
     latents: folder in which `train.cache_latents` left the latents of the sources' pictures, which are then not read any more.
     drop: share of examples, by task, whose condition is dropped for guidance.
     captions, plans, world: of the small world; `plans`: share of drawn pictures that are described in words first.
@@ -72,6 +75,10 @@ class DataSettings:
             raise ValueError("data has neither tasks of the small world nor sources; give data.tasks={t2i: 1.0} or data.sources")
         if self.latents is not None and not self.sources:
             raise ValueError(f"data.latents={self.latents!r} belongs to data.sources, of which there are none; leave it out")
+        if min(self.rows_per_batch, self.row_length) < 1:
+            raise ValueError(
+                f"data.rows_per_batch={self.rows_per_batch}, data.row_length={self.row_length}; give at least 1 each"
+            )
         for path in {source.path for source in self.sources} & {source.path for source in self.eval_sources}:
             raise ValueError(f"{path!r} is in data.sources and in data.eval_sources; what is held out must not be trained on")
 
@@ -103,11 +110,10 @@ def open_data(
 
 
 def open_held_out(data: DataSettings, processor: OrthusProcessor) -> ExampleSource:
-    """Examples that no step trains on: the small world's validation split, `data.eval_sources`, or both. ValueError without."""
+    """Examples that no step trains on: the small world's validation split, `data.eval_sources`, or both."""
     world = world_of(data, "validation")
     if not data.eval_sources:
-        if world is None:
-            raise ValueError("run.eval_every needs data that is held out; give data.eval_sources, or set run.eval_every=0")
+        assert world is not None, "check_stage"
         return world
     images = processor.image_processor
     mixture = open_mixture(data.eval_sources, evaluation.SEED, images.prepare, images.max_pixels, processor.interleaved_prompt)
@@ -149,6 +155,26 @@ class LoraSettings:
     quantize: Literal["no", "int8", "int4"] = "no"
 
 
+def check_stage(
+    run: RunSettings, data: DataSettings, samples: SampleSettings, lora: LoraSettings | None = None, can_grade: bool = True
+) -> None:
+    """ValueError for settings that do not go together. A stage asks this before it loads anything, and so does `--dry-run`.
+
+    can_grade: whether the stage knows how to grade pictures.
+    """
+    check_shared_weights(run, lora is not None, lora is not None and lora.quantize != "no")
+    if not run.eval_every:
+        return
+    if not data.tasks and not data.eval_sources:
+        raise ValueError(f"run.eval_every={run.eval_every} needs data that is held out; give data.eval_sources, "
+                         "or set run.eval_every=0")  # fmt: skip
+    if samples.num_graded:
+        check_scores(run)
+        if not can_grade or not data.tasks:
+            raise ValueError(f"samples.num_graded={samples.num_graded} needs data.tasks of the small world, and a stage that "
+                             "grades; set it to 0")  # fmt: skip
+
+
 def load_model(folder: str, frozen: Sequence[str], lora: LoraSettings | None, seed: int) -> OrthusForConditionalGeneration:
     """The model to start a stage from, without training for the `frozen` parts; then come new adapters if `lora` is given.
     Without adapters the weights are in fp32 whatever they were stored in: small steps are lost in bf16."""
@@ -184,7 +210,9 @@ def run_stage(
     settings: dict[str, Any],
     judge: Judge | None = None,
 ) -> None:
-    """Train and leave model and processor in `run.output_dir/final`. `judge` grades what `samples.num_graded` asks for."""
+    """Train and leave model and processor in `run.output_dir/final`. `judge` grades what `samples.num_graded` asks for.
+    ValueError as [`check_stage`]."""
+    check_stage(run, data, samples, can_grade=judge is not None)
     with joined(run.device) as (rank, _):
         dataset, shuffle_seed = open_data(data, processor, run.seed, model)
         dropping = ConditionDropping(dataset, data.drop, processor.unconditional_prompt, run.seed)
@@ -212,7 +240,7 @@ def run_stage(
 def held_out(
     model: nn.Module, processor: OrthusProcessor, data: DataSettings, samples: SampleSettings, judge: Judge | None
 ) -> evaluation.Evaluation:
-    """Batches of held-out examples, packed and with conditions dropped as in training. ValueError without data or a judge."""
+    """Batches of held-out examples, packed and with conditions dropped as in training."""
     examples = open_held_out(data, processor)
     dropping = ConditionDropping(examples, data.drop, processor.unconditional_prompt, evaluation.SEED)
     options = {"skip_logits": True} if isinstance(model, OrthusForConditionalGeneration) else {}
@@ -222,21 +250,15 @@ def held_out(
         loader = PackedLoader(dropping, processor, data.rows_per_batch, data.row_length, **shard)
         return ({**batch, **options} for batch in loader)
 
-    if samples.num_graded and (judge is None or not data.tasks):
-        raise ValueError(f"samples.num_graded={samples.num_graded} needs data.tasks of the small world, and a stage that grades; "
-                         "set it to 0")  # fmt: skip
     return evaluation.Evaluation(make_loader, grader(processor, samples, judge) if judge and samples.num_graded else None)
 
 
 def training_flops(model: nn.Module, data: DataSettings, run: RunSettings) -> TrainingFlops | None:
-    """What `planning.flops_per_step` says of these numbers of tokens and pictures, without activations that are computed again;
-    None where it would not be used."""
+    """What `operations.flops` says; None where it would not be used."""
     if not isinstance(model, OrthusForConditionalGeneration) or peak_flops(run) is None:
         return None
-    once = replace(run, checkpoint_activations=False)
-    words, with_picture = (sum(planning.flops_per_step(model, data, once, 1, number).values()) for number in (0, 1))
-    per_token, per_picture = words / (data.rows_per_batch * data.row_length), with_picture - words
-    return lambda num_tokens, num_images: num_tokens * per_token + num_images * per_picture
+    per_unit = operations.flops_by_amount(model, with_encoder=data.latents is None)
+    return lambda work: operations.dot(per_unit, work)
 
 
 def sampler(processor: OrthusProcessor, samples: SampleSettings, output_dir: Path) -> Callable[[nn.Module, int], None]:

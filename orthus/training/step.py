@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from orthus.training.checkpoint import TrainState
 from orthus.training.distributed import rank, world_size
+from orthus.training.operations import AMOUNTS, amounts
 from orthus.training.optim import lr_factor, set_lr, update_ema
 from orthus.training.settings import OptimSettings, RunSettings
 from orthus.training.sharding import by_mesh, forget_touched, gradient_norm, loss_factor, reached, sum_gradients, touch
@@ -39,13 +40,13 @@ class Trainable(Protocol):
 
 
 def train_step(state: TrainState, batches: dict[int, Batch], run: RunSettings, optim: OptimSettings) -> dict[str, float]:
-    """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*`, `tokens`, `images`, and
+    """One optimiser step on a batch of each lane; returns the global sums `sum/*`, `count/*` and `operations.AMOUNTS`, and
     `grad_norm`."""
     model, device = state.model, torch.device(run.device)
     weights = loss_weights(model, run)
     group = data_group(state.mesh)
     counts = _global_counts(cast(Trainable, model), list(batches.values()), group)
-    totals = torch.zeros(2 * len(weights) + 2, dtype=torch.float64, device=device)  # sums, counts, tokens, images
+    totals = torch.zeros(2 * len(weights) + len(AMOUNTS), dtype=torch.float64, device=device)  # sums, counts, amounts
     watched = torch.zeros(len(diagnostics(model)), 2, dtype=torch.float64, device=device)
     used = reached(model, 0)
     for lane, batch in batches.items():
@@ -132,22 +133,17 @@ def _global_counts(model: Trainable, batches: list[Batch], group: dist.ProcessGr
 
 
 def batch_totals(output: Any, weights: dict[str, float], batch: Batch, device: torch.device) -> Tensor:
-    """Loss sums and loss counts of one batch in the order of `weights`, its tokens (padding too) and its pictures."""
+    """Loss sums and loss counts of one batch in the order of `weights`, and its `operations.AMOUNTS`."""
     zero = torch.zeros((), dtype=torch.float64, device=device)
     sums = [output.loss_sums.get(k, zero) for k in weights]
     counts = [output.loss_counts.get(k, zero) for k in weights]
-    values = [*sums, *counts, batch["input_ids"].numel() if "input_ids" in batch else 0, _num_images(batch)]
+    values = [*sums, *counts, *amounts(batch)]
     return torch.stack([torch.as_tensor(v, device=device).detach().to(torch.float64) for v in values])
-
-
-def _num_images(batch: Batch) -> int:
-    """Pictures that are seen or drawn. `image_latents`, where they are there, are those of all of them."""
-    pictures = batch.get("image_latents", batch.get("pixel_values"))
-    return 0 if pictures is None else len(pictures)
 
 
 def _record(weights: dict[str, float], counts: dict[str, int], totals: list[float]) -> dict[str, float]:
     num_terms = len(weights)
+    *totals, grad_norm = totals
     for name, counted in zip(weights, totals[num_terms : 2 * num_terms], strict=True):
         if math.isfinite(counted) and counted != counts[name]:
             raise ValueError(
@@ -156,7 +152,7 @@ def _record(weights: dict[str, float], counts: dict[str, int], totals: list[floa
             )
     record = {f"sum/{name}": total for name, total in zip(weights, totals, strict=False)}
     record |= {f"count/{name}": float(counts[name]) for name in weights}
-    return record | {"tokens": totals[-3], "images": totals[-2], "grad_norm": totals[-1]}
+    return record | dict(zip(AMOUNTS, totals[2 * num_terms :], strict=True)) | {"grad_norm": grad_norm}
 
 
 def _refuse(state: TrainState, batches: list[Batch], record: dict[str, float], run: RunSettings) -> None:

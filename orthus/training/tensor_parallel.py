@@ -112,6 +112,14 @@ def part_of(model: nn.Module, num_parts: int) -> nn.Module:
     return part
 
 
+def head_parts(model: nn.Module, num_parts: int) -> int:
+    """Into how many parts attention itself is split: 1 where a plan gathers all heads in every process. ValueError as
+    [`layer_styles`]."""
+    if num_parts > 1 and "colwise_gather_output" in layer_styles(model, num_parts).values():
+        return 1
+    return num_parts
+
+
 def layer_styles(model: nn.Module, num_parts: int) -> dict[str, str]:
     """The style of each module of `model.backbone` that its plan names.
 
