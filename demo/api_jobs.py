@@ -11,7 +11,7 @@ from anyio import to_thread
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from demo.api_errors import ClientGone, RequestError
+from demo.api_errors import ClientGone, RequestError, refusal
 from orthus.data.schema import Turn
 from orthus.serving import Answer, Done, Engine, Job, JobEvent, Options, QueueFull, TooManyRequests
 
@@ -48,11 +48,10 @@ class Jobs:
             message += f"; try again in {headers['Retry-After']} s"
             raise RequestError(429, message, code=code, headers=headers) from None
         except ValueError as error:
-            raise RequestError(400, f"{error}"[:400], code="invalid_prompt") from None
+            raise refusal(error, "invalid_prompt") from None
 
     def _submit(self, turns: Sequence[Turn], options: Sequence[Options], user: str) -> None:
-        for option in options:
-            self.jobs.append(self.engine.submit(turns, option, user))
+        self.jobs += self.engine.submit_all(turns, options, user)
 
     def close(self) -> None:
         for index, job in enumerate(self.jobs):

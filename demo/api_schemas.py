@@ -8,11 +8,12 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from demo.api_bodies import check_text
-from demo.api_errors import RequestError
+from demo.api_errors import RequestError, refusal
 from demo.api_pictures import picture_from_uri
 from demo.api_settings import Settings
 from demo.defaults import MAX_ANSWER_TOKENS, default_options, picture_size
 from orthus.data.schema import Segment, Turn
+from orthus.generation import MIN_TEMPERATURE
 from orthus.processing import OrthusProcessor
 from orthus.serving import Options
 
@@ -37,7 +38,7 @@ class Controls(Strict):
     text_guidance: float | None = Field(default=None, ge=0, le=100)
     image_guidance: float | None = Field(default=None, ge=0, le=100)
     negative_prompt: str | None = None
-    num_diffusion_steps: int | None = Field(default=None, ge=1, le=1000)
+    num_diffusion_steps: int | None = Field(default=None, ge=1)
     solver: str | None = Field(default=None, max_length=32)
 
 
@@ -80,7 +81,8 @@ class ResponseFormat(Strict):
 class ChatRequest(Controls):
     """`POST /v1/chat/completions`.
 
-    Temperature 0 or none at all is the likeliest word. Not OpenAI's: `modality`, `guidance`, `text_guidance`, `image_guidance`,
+    Temperature 0 (all below `MIN_TEMPERATURE`) or none at all is the likeliest word.
+    Not OpenAI's: `modality`, `guidance`, `text_guidance`, `image_guidance`,
     `guidance_interval`, `negative_prompt`, `max_images`, `force_image`, `num_diffusion_steps`, `solver`, and `preview_every`, a
     preview in the stream after so many latents of a picture.
     """
@@ -145,6 +147,10 @@ def parse(schema: type[Schema], data: Mapping[str, Any], settings: Settings, str
         raise RequestError(404, message, "model", "model_not_found")
     if request.n > settings.max_n:
         raise RequestError(400, f"n is {request.n}; at most {settings.max_n} answers per request", "n", "out_of_range")
+    steps, most = request.num_diffusion_steps, settings.max_diffusion_steps
+    if steps is not None and steps > most:
+        message = f"num_diffusion_steps is more than {most}, the most that is accepted here"
+        raise RequestError(400, message, "num_diffusion_steps", "out_of_range")
     if request.negative_prompt is not None:
         check_text(request.negative_prompt, "negative_prompt", settings.max_text)
     return request
@@ -199,8 +205,11 @@ def chat_options(request: ChatRequest, processor: OrthusProcessor) -> list[Optio
     changes: dict[str, Any] = {"preview_every": request.preview_every}
     if request.modality == "text":
         changes |= {"guidance": 1.0, "max_new_tokens": MAX_ANSWER_TOKENS, "max_images": None, "force_image": False}
-    if request.temperature or (request.temperature is None and request.top_p not in (None, 1.0)):
-        changes |= {"do_sample": True, "temperature": request.temperature or 1.0, "top_p": request.top_p or 1.0}
+    temperature = request.temperature
+    if temperature is None and request.top_p not in (None, 1.0):
+        temperature = 1.0
+    if temperature is not None and temperature >= MIN_TEMPERATURE:
+        changes |= {"do_sample": True, "temperature": temperature, "top_p": request.top_p or 1.0}
     limit = request.max_completion_tokens or request.max_tokens
     if limit is not None:
         changes["max_new_tokens"] = limit
@@ -226,7 +235,7 @@ def _options(task: str, request: Controls, processor: OrthusProcessor, changes: 
     try:
         return [replace(default_options(task, processor), **changes, seed=seed + index) for index in range(request.n)]
     except (ValueError, TypeError) as error:
-        raise RequestError(400, f"{error}"[:400], code="invalid_options") from None
+        raise refusal(error, "invalid_options") from None
 
 
 def check_size(size: str | None, processor: OrthusProcessor) -> None:

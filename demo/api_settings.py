@@ -14,6 +14,7 @@ class Settings:
         max_aspect: the longer side of an uploaded picture over the shorter one.
         max_messages, max_pictures, max_text: per request; text in characters, all messages together.
         max_n: answers per request; each is a job of its own and counts for the limit per user.
+        max_diffusion_steps: that a request may ask for; all who draw at the same time wait for them.
         max_seconds: from the first byte of a request to its last answer, the queue included.
         body_seconds: in which the body must have arrived.
         send_seconds: which a client may keep a piece of the response waiting.
@@ -31,6 +32,7 @@ class Settings:
     max_pictures: int = 8
     max_text: int = 20_000
     max_n: int = 4
+    max_diffusion_steps: int = 100
     max_seconds: float = 600.0
     body_seconds: float = 30.0
     send_seconds: float = 30.0
@@ -39,7 +41,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.token is not None and (len(self.token) < 8 or not self.token.isascii() or not self.token.isprintable()):
             raise ValueError("token must be at least 8 printable ASCII characters, e.g. `openssl rand -hex 16`")
-        for name in ("max_body_bytes", "max_image_bytes", "max_pixels", "max_messages", "max_text", "max_n", "max_seconds",
-                     "body_seconds", "send_seconds"):  # fmt: skip
+        for name in ("max_body_bytes", "max_image_bytes", "max_pixels", "max_messages", "max_text", "max_n",
+                     "max_diffusion_steps", "max_seconds", "body_seconds", "send_seconds"):  # fmt: skip
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be greater than 0")

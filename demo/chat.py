@@ -22,7 +22,7 @@ from demo.defaults import default_options
 from orthus import OrthusForConditionalGeneration, OrthusProcessor
 from orthus.data.schema import Segment, Turn
 from orthus.image_processing import load_image
-from orthus.serving import Done, Engine
+from orthus.serving import Done, Engine, PromptTooLong, RequestFailed
 from orthus.streaming import ImagePreview, TextPiece
 
 with contextlib.suppress(ImportError):
@@ -30,6 +30,7 @@ with contextlib.suppress(ImportError):
 
 SHOWN_CELLS = 32  # columns of a picture in half-block characters
 KITTY_CHUNK = 4096
+NUM_SEEDS = 1 << 63
 
 
 def terminal_kind(environment: Mapping[str, str], is_terminal: bool) -> str | None:
@@ -106,10 +107,14 @@ class Chat:
         """Send what is attached and `text`, show the answer while it forms, remember both."""
         asked = Turn("user", (*self.attached, text))
         task = "edit" if self.task == "draw" and self.attached else self.task
-        options = replace(default_options(task, self.engine.processor), seed=self.seed)
         try:
+            options = replace(default_options(task, self.engine.processor), seed=self.seed)
             # A drawing follows from its own message, which is what the defaults were measured with.
             job = self.engine.submit([asked] if self.task == "draw" else [*self.turns, asked], options)
+        except PromptTooLong as error:
+            shares = f"{error.length} of {error.limit} positions are taken and the answer does not fit behind them"
+            self._say(f"error: this is too long: {shares}; say less, or /new and start again\n")
+            return
         except ValueError as error:
             self._say(f"error: {error}\n")
             return
@@ -123,14 +128,20 @@ class Chat:
                     self._finish(asked, event)
         except KeyboardInterrupt:
             job.cancel()
-            self._say("\nstopped\n")
+            self._say("\nstopped, pictures are detached\n" if self.attached else "\nstopped\n")
+            self.attached = []
+        except RequestFailed as error:
+            self._say(f"\nerror: {error.__cause__ or error}; the conversation is as before, say it again or something else\n")
+        except OSError as error:
+            job.cancel()
+            self._say(f"\nerror: cannot save the picture: {error}; make room in {self.output} and say it again\n")
 
     def _finish(self, asked: Turn, done: Done) -> None:
         self._say("\n" if done.answer.finish_reason == "stop" else f"\n[{done.answer.finish_reason}]\n")
         self.attached = []
         if done.answer.segments:
             self.turns += [asked, Turn("assistant", done.answer.segments)]
-        self.seed += 1
+        self.seed = (self.seed + 1) % NUM_SEEDS
 
     def _show(self, picture: Image.Image) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -147,10 +158,10 @@ class Chat:
             self._say(f"error: {error}\n")
 
     def _set_seed(self, number: str) -> None:
-        if number.isdecimal():
+        if number.isdecimal() and len(number) <= len(str(NUM_SEEDS)) and int(number) < NUM_SEEDS:
             self.seed = int(number)
         else:
-            self._say(f"error: seed {number!r} is not a whole number, e.g. /seed 7\n")
+            self._say(f"error: seed {number[:40]!r} is not a whole number from 0 to {NUM_SEEDS - 1}, e.g. /seed 7\n")
 
     def _say(self, text: str) -> None:
         self.screen.write(text)
@@ -164,6 +175,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
+    if not 0 <= args.seed < NUM_SEEDS:
+        parser.error(f"--seed {args.seed} is not from 0 to {NUM_SEEDS - 1}")
     model = OrthusForConditionalGeneration.from_pretrained(args.checkpoint).eval().to(args.device)
     processor = OrthusProcessor.from_pretrained(args.checkpoint)
     with Engine(model, processor, max_rows=1) as engine:

@@ -44,15 +44,15 @@ class GrowingLayer(DynamicLayer):
         self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         return self.keys, self.values
 
-    def join(self, other: "GrowingLayer") -> None:
-        """Put the rows of `other` below, last columns aligned; the shorter ones get zeros on the left."""
+    def joined(self, other: "GrowingLayer") -> tuple[Tensor, Tensor]:
+        """Keys and values with the rows of `other` below, last columns aligned; the shorter ones get zeros on the left."""
         assert self.keys is not None and self.values is not None and other.keys is not None and other.values is not None
         width = max(self.get_seq_length(), other.get_seq_length())
-        self.keys, self.values = (
+        keys, values = (
             torch.cat([torch.nn.functional.pad(held, (0, 0, width - held.shape[-2], 0)) for held in pair])
             for pair in ((self.keys, other.keys), (self.values, other.values))
         )
-        self.room = None
+        return keys, values
 
     def keep(self, rows: list[int], first: int) -> None:
         """Forget all but some rows and the columns from `first` on."""
@@ -180,10 +180,9 @@ class BackboneRows:
         return all(type(layer) is GrowingLayer for layer in self.cache.layers)
 
     def join(self, other: "BackboneRows") -> None:
-        """Take over the lines of `other`, which come after those that are here."""
+        """Take over the lines of `other`, which come after those that are here. An error, of memory say, changes nothing."""
         assert self.can_be_joined and other.can_be_joined
-        for layer, new in zip(self.cache.layers, other.cache.layers, strict=True):
-            layer.join(new)
+        joined = [layer.joined(new) for layer, new in zip(self.cache.layers, other.cache.layers, strict=True)]
         width = max(self.num_columns, other.num_columns)
         total = width + max(len(rows.mask[0]) - rows.num_columns for rows in (self, other))
         masks, ends = [], list[int]()
@@ -191,9 +190,11 @@ class BackboneRows:
             left = width - rows.num_columns
             masks.append(torch.nn.functional.pad(rows.mask, (left, total - left - rows.mask.shape[1])))
             ends += [end + left for end in rows.prompt_ends]
-        self.mask, self.prompt_ends, self.num_columns = torch.cat(masks), ends, width
-        self.positions = torch.cat([self.positions, other.positions])
+        mask, positions = torch.cat(masks), torch.cat([self.positions, other.positions])
         self.prompt_lengths = torch.cat([self.prompt_lengths, other.prompt_lengths])
+        self.mask, self.positions, self.prompt_ends, self.num_columns = mask, positions, ends, width
+        for layer, (keys, values) in zip(self.cache.layers, joined, strict=True):
+            layer.keys, layer.values, layer.room = keys, values, None
 
     def keep(self, lines: list[int]) -> None:
         """Forget all other lines, and the columns on the left that none of these sees."""

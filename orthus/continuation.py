@@ -28,6 +28,14 @@ class Limits:
     force_image: bool
 
 
+class PromptTooLong(ValueError):
+    """A prompt of `length` positions with what is wanted after it is more than the `limit` of the backbone."""
+
+    def __init__(self, message: str, length: int, limit: int) -> None:
+        super().__init__(message)
+        self.length, self.limit = length, limit
+
+
 @dataclass(frozen=True)
 class Drawing:
     """How latents are drawn. `prefix` `(B, P, C)`: the first latents of each row's first image."""

@@ -109,12 +109,13 @@ class DecodingLoop:
         return Reading(new, sampler, backbone, hidden)
 
     def join(self, new: Reading) -> None:
-        """From now on its rows advance with those that are here."""
+        """From now on its rows advance with those that are here. An error, of memory say, leaves those as they were."""
         if self.backbone is None:
             self.backbone, self.hidden = new.backbone, new.hidden
         else:
+            hidden = torch.cat([self.hidden, new.hidden])
             self.backbone.join(new.backbone)
-            self.hidden = torch.cat([self.hidden, new.hidden])
+            self.hidden = hidden
         self.members.append(_Member(new.continuation, new.sampler, len(self.hidden) - len(new.hidden)))
 
     def leave(self, leaving: Collection[Continuation]) -> None:

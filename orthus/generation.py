@@ -23,7 +23,7 @@ from transformers.utils import ModelOutput
 
 from orthus import decoding
 from orthus.backbone_rows import Prompt
-from orthus.continuation import Continuation, Drawing, Limits, RandomChoice, Row, Writing, banned_ids
+from orthus.continuation import Continuation, Drawing, Limits, PromptTooLong, RandomChoice, Row, Writing, banned_ids
 from orthus.sampling import EXACT, Sampling
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MODALITIES = ("text", "image", "interleaved")
 DEFAULT_TEXT_TOKENS = 256
+MIN_TEMPERATURE = 1e-4  # scores over less overflow
 FOREIGN_NAMES = {"num_inference_steps": "num_diffusion_steps", "guidance_scale": "guidance"}  # what others call our options
 Generators = torch.Generator | list[torch.Generator] | None
 
@@ -206,6 +207,8 @@ def warpers(do_sample: bool, temperature: float, top_k: int, top_p: float, min_p
     """What turns scores into those that are sampled from, in the order of `transformers`."""
     if not do_sample:
         return []
+    if temperature < MIN_TEMPERATURE:
+        raise ValueError(f"temperature={temperature} is below {MIN_TEMPERATURE:g}; use do_sample=False for the likeliest words")
     wanted: list[tuple[bool, Callable[[], Any]]] = [
         (temperature != 1.0, lambda: TemperatureLogitsWarper(float(temperature))),
         (top_k > 0, lambda: TopKLogitsWarper(top_k)),
@@ -345,10 +348,9 @@ def limits_for(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if limit is not None and prompt_width + max_new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {prompt_width} positions and {max_new_tokens} new ones exceed the backbone's {kind} of {limit}; "
-            "shorten the prompt, or lower max_new_tokens or max_images"
-        )
+        message = f"a prompt of {prompt_width} positions and {max_new_tokens} new ones exceed the backbone's {kind} of {limit}; "
+        message += "shorten the prompt, begin a new conversation, or lower max_new_tokens or max_images"
+        raise PromptTooLong(message, prompt_width, limit)
     return Limits(modality, max_new_tokens, max_images, force_image)
 
 

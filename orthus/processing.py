@@ -26,7 +26,8 @@ from orthus.tokenization import BOI_TOKEN, EOI_TOKEN, IMAGE_TOKEN, SEPARATOR_TOK
 
 __all__ = ["OrthusProcessor", "Rendered", "build_processor", "build_tokenizer"]
 
-CACHED_TEXTS = 1 << 15
+CACHED_TEXTS = 1 << 13
+CACHED_LENGTH = 256  # characters of a text that is cached
 SMALL_GUIDANCE = 2.0  # of our own small models; the published weights want more
 logger = logging.getLogger(__name__)
 
@@ -40,10 +41,14 @@ class Rendered:
     images: list[Image.Image]
 
 
-@functools.lru_cache(maxsize=CACHED_TEXTS)
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Cached, because training texts repeat; keyed on the tokenizer object, which must not change afterwards."""
     return tuple(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+@functools.lru_cache(maxsize=CACHED_TEXTS)
+def _encode_known(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Keyed on the tokenizer object, which must not change afterwards."""
+    return _encode(tokenizer, text)
 
 
 def _token_id(tokenizer: PreTrainedTokenizerBase, token: str | None, role: str) -> int:
@@ -132,10 +137,14 @@ class OrthusProcessor(ProcessorMixin):
 
     # Segments -> tensors
 
-    def encode_text(self, text: str) -> tuple[int, ...]:
-        """Text -> ids. Text that spells a control token stays text. Raises `ValueError` for invalid Unicode."""
+    def encode_text(self, text: str, may_keep: bool = False) -> tuple[int, ...]:
+        """Text -> ids. Text that spells a control token stays text. Raises `ValueError` for invalid Unicode.
+
+        `may_keep`: a short text stays in memory, to be faster the next time; never for what users write.
+        """
+        encode = _encode_known if may_keep and len(text) <= CACHED_LENGTH else _encode
         try:
-            ids = _encode(self.tokenizer, text)
+            ids = encode(self.tokenizer, text)
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(f"cannot tokenise {text!r}: {error}") from error
         if self._control_ids.isdisjoint(ids):
@@ -149,7 +158,8 @@ class OrthusProcessor(ProcessorMixin):
 
     def render(self, turns: Iterable[Turn], add_generation_prompt: bool = False) -> Rendered:
         """Turns -> ids, labels and pictures. `add_generation_prompt` asserts that the last turn is the user's: its
-        separator is what makes the model speak, so nothing is added.
+        separator is what makes the model speak, so nothing is added. Without it the turns are training data, whose short
+        texts repeat and are kept.
 
         Raises `ValueError` for no turns, a turn without text or picture, or a prompt that ends with an assistant turn.
         """
@@ -162,7 +172,7 @@ class OrthusProcessor(ProcessorMixin):
             is_learned = role == "assistant"
             for segment in turn.segments:
                 if isinstance(segment, str):
-                    text_ids = self.encode_text(segment) if segment else ()
+                    text_ids = self.encode_text(segment, not add_generation_prompt) if segment else ()
                     ids += text_ids
                     labels += text_ids if is_learned else [IGNORE_INDEX] * len(text_ids)
                 else:

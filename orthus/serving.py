@@ -6,6 +6,7 @@ own, masks and positions of its own, and its draws are those of `generate`.
 """
 
 import logging
+import math
 import threading
 import time
 import warnings
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from orthus.backbone_rows import lines_may_join
+from orthus.continuation import PromptTooLong
 from orthus.data.schema import Turn
 from orthus.decoding import DecodingLoop
 from orthus.modeling import OrthusForConditionalGeneration
@@ -24,7 +26,8 @@ from orthus.serving_queue import FairQueue, MovingMean, Rate
 from orthus.serving_requests import Answer, Done, Job, JobEvent, Options, QueueFull, RequestFailed, TooManyRequests
 from orthus.serving_tasks import Task
 
-__all__ = ["Answer", "Done", "Engine", "Job", "JobEvent", "Options", "QueueFull", "RequestFailed", "Stats", "TooManyRequests"]
+__all__ = ["Answer", "Done", "Engine", "Job", "JobEvent", "Options", "PromptTooLong", "QueueFull", "RequestFailed", "Stats",
+           "TooManyRequests"]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 RETRY_SECONDS = 5.0  # while nothing has been measured
@@ -60,6 +63,7 @@ class Engine:
         max_waiting: requests that wait beside them.
         max_per_user: requests of one user, waiting and running; `user=""` is nobody in particular and has no limit.
         max_seconds: for which a request may run; then it ends with what there is ("timeout").
+        max_diffusion_steps: that a request may ask for, as all rows wait for the slowest; a checkpoint's own may be more.
     """
 
     def __init__(
@@ -71,8 +75,10 @@ class Engine:
         max_waiting: int = 64,
         max_per_user: int = 4,
         max_seconds: float = 600.0,
+        max_diffusion_steps: int = 100,
     ) -> None:
-        for name, value, least in (("max_rows", max_rows, 1), ("max_waiting", max_waiting, 0), ("max_per_user", max_per_user, 1)):
+        for name, value, least in (("max_rows", max_rows, 1), ("max_waiting", max_waiting, 0), ("max_per_user", max_per_user, 1),
+                                   ("max_diffusion_steps", max_diffusion_steps, 1)):  # fmt: skip
             if value < least:
                 raise ValueError(f"{name}={value} is below {least}")
         if max_seconds <= 0:
@@ -82,6 +88,7 @@ class Engine:
             max_rows = 1
         self.model, self.processor = model, processor
         self.max_rows, self.max_waiting, self.max_per_user, self.max_seconds = max_rows, max_waiting, max_per_user, max_seconds
+        self.max_diffusion_steps = max_diffusion_steps
         self._changed = threading.Condition()  # guards all that follows
         self._rendering = threading.Lock()  # of prompts; tokenizers are not made for several threads
         self._waiting: FairQueue[Task] = FairQueue()
@@ -98,19 +105,31 @@ class Engine:
         """Put a request into the queue.
 
         Raises:
-            ValueError: turns or options that cannot be answered (too long, a guidance without its picture, ...).
+            ValueError: turns or options that cannot be answered (a guidance without its picture, ...); PromptTooLong.
             QueueFull: too many are waiting, or the engine is closed; TooManyRequests: too many of this user.
         """
+        return self.submit_all(turns, [options], user)[0]
+
+    def submit_all(self, turns: Sequence[Turn], options: Sequence[Options], user: str = "") -> list[Job]:
+        """Several answers to the same turns, a request each: all of them or none. Raises as `submit`, and ValueError for more
+        than there is ever room for."""
+        most = min(self.max_rows + self.max_waiting, self.max_per_user if user else math.inf)
+        if len(options) > most:
+            raise ValueError(f"{len(options)} answers at once; at most {most} are possible here")
+        for one in options:
+            if one.num_diffusion_steps is not None and one.num_diffusion_steps > self.max_diffusion_steps:
+                allowed = f"at most {self.max_diffusion_steps} are allowed here"
+                raise ValueError(f"num_diffusion_steps={one.num_diffusion_steps}; {allowed}")
         with self._changed:
-            self._check_room(user)
-        job = Job(user, self._place, self._estimate, self._cancel)
+            self._check_room(user, len(options))
         with self._rendering:
-            task = Task(self.model, self.processor, turns, options, job)
+            tasks = [Task(self.model, self.processor, turns, one, self._new_job(user)) for one in options]
         with self._changed:
-            self._check_room(user)
-            self._waiting.put(user, task)
+            self._check_room(user, len(options))
+            for task in tasks:
+                self._waiting.put(user, task)
             self._changed.notify_all()
-        return job
+        return [task.job for task in tasks]
 
     def stats(self) -> Stats:
         with self._changed:
@@ -144,13 +163,18 @@ class Engine:
 
     # What callers and jobs ask
 
-    def _check_room(self, user: str) -> None:
+    def _new_job(self, user: str) -> Job:
+        return Job(user, self._place, self._estimate, self._cancel)
+
+    def _check_room(self, user: str, number: int) -> None:
         if self._close_at is not None:
             raise QueueFull("the engine is closed", RETRY_SECONDS)
-        own = self._waiting.count(user) + sum(task.job.user == user for task in self._running)
-        if user and own >= self.max_per_user:
-            raise TooManyRequests(f"{own} requests of this user are waiting or running already", self._seconds_to_room())
-        if len(self._waiting) + len(self._running) >= self.max_rows + self.max_waiting:
+        own = [*(task for task in self._running if task.job.user == user), *self._waiting.items(user)]
+        if user and len(own) + number > self.max_per_user:
+            leaving = sorted(RETRY_SECONDS if left is None else left for left in (self._estimate(task.job) for task in own))
+            message = f"{len(own)} requests of this user are waiting or running already"
+            raise TooManyRequests(message, max(1.0, leaving[len(own) + number - self.max_per_user - 1]))
+        if len(self._waiting) + len(self._running) + number > self.max_rows + self.max_waiting:
             counts = f"{len(self._running)} requests are running and {len(self._waiting)} waiting"
             raise QueueFull(f"the queue is full: {counts}", self._seconds_to_room())
 
@@ -204,11 +228,9 @@ class Engine:
         """Let rows join and leave, then one position of all of them."""
         while (task := self._next()) is not None:
             try:
-                reading = self._loop.read(task.begin())
+                self._loop.join(self._loop.read(task.begin()))
             except Exception as error:
                 self._fail(task, error)
-            else:
-                self._loop.join(reading)
         self._let_go()
         if self._running:
             self._advance()

@@ -20,8 +20,9 @@ class FairQueue(Generic[Item]):
     def __len__(self) -> int:
         return sum(map(len, self._users.values()))
 
-    def count(self, user: str) -> int:
-        return len(self._users.get(user, ()))
+    def items(self, user: str) -> tuple[Item, ...]:
+        """Of one user, the next one first."""
+        return tuple(self._users.get(user, ()))
 
     def put(self, user: str, item: Item) -> None:
         self._users.setdefault(user, deque()).append(item)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from orthus.data.schema import Turn
-from orthus.generation import MODALITIES
+from orthus.generation import MIN_TEMPERATURE, MODALITIES
 from orthus.processing import OrthusProcessor
 from orthus.sampling import Sampling
 from orthus.streaming import ImagePreview, TextPiece
@@ -74,8 +74,9 @@ class Options:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-        if not 0 < self.temperature <= 100:
-            raise ValueError(f"temperature={self.temperature} is outside (0, 100]; use do_sample=False for the likeliest words")
+        if not MIN_TEMPERATURE <= self.temperature <= 100:
+            allowed = f"{MIN_TEMPERATURE:g}..100; use do_sample=False for the likeliest words"
+            raise ValueError(f"temperature={self.temperature} is outside {allowed}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} is outside (0, 1]")
         if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
@@ -94,6 +95,8 @@ class Options:
 
     def arguments(self, processor: OrthusProcessor, turns: Sequence[Turn]) -> dict[str, Any]:
         """The arguments of `generate` for this request. Raises ValueError for turns that are no prompt."""
+        if self.image_guidance is not None and not any(isinstance(part, Image.Image) for turn in turns for part in turn.segments):
+            raise ValueError("image_guidance is for prompts with pictures, and this one has no picture; leave it out or add one")
         arguments: dict[str, Any] = {**processor(turns=list(turns)), "generator": [torch.Generator().manual_seed(self.seed)]}
         names = ("modality", "guidance", "text_guidance", "image_guidance", "max_images", "force_image", "max_new_tokens",
                  "do_sample", "temperature", "top_p", "num_diffusion_steps", "solver", "guidance_interval")  # fmt: skip

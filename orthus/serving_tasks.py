@@ -31,11 +31,10 @@ class Task:
         job: Job,
     ) -> None:
         self.model, self.processor, self.options, self.job = model, processor, options, job
+        self._limits([rendered(processor, turns)])  # raises for a long prompt before the work on its pictures
         self.arguments = options.arguments(processor, turns)
         self.streams = streams_of(model, self.arguments)
-        self.limits: Limits = limits_for(
-            model, options.modality, options.max_new_tokens, options.max_images, options.force_image, self.streams
-        )
+        self.limits = self._limits(self.streams)
         model.diffusion_head.sampler_steps(options.sampling)  # raises for a sampler that this head cannot have
         least = -(-model.config.num_latents // MAX_PREVIEWS)
         if 0 < options.preview_every < least:
@@ -46,6 +45,10 @@ class Task:
         self.started: float | None = None
         self.continuation: Continuation | None = None
         self.listener = Listener(SegmentStreamer(model, processor, job.emit, options.preview_every))
+
+    def _limits(self, streams: list[Prompt]) -> Limits:
+        one = self.options
+        return limits_for(self.model, one.modality, one.max_new_tokens, one.max_images, one.force_image, streams)
 
     @property
     def seconds(self) -> float:
@@ -111,6 +114,12 @@ class Listener:
                 method(*told)
             except Exception as error:
                 self.error = error
+
+
+def rendered(processor: OrthusProcessor, turns: Sequence[Turn]) -> Prompt:
+    """The ids of a prompt alone, none of its pictures looked at."""
+    ids = torch.tensor([processor.render(turns, add_generation_prompt=True).input_ids])
+    return Prompt(ids, torch.ones_like(ids), None)
 
 
 def streams_of(model: OrthusForConditionalGeneration, arguments: dict[str, Any]) -> list[Prompt]:

@@ -39,17 +39,24 @@ class FakeEngine:
 
     def submit(self, turns: Sequence[Turn], options: Options = Options(), user: str = "") -> Job:
         arguments = options.arguments(self.processor, turns)
-        open_jobs = [job for job in self.jobs if not job.is_over]
-        if self.is_closed.is_set() or len(open_jobs) >= self.max_waiting:
-            raise QueueFull("full", 2.5)
-        if sum(job.user == user for job in open_jobs) >= self.max_per_user:
-            raise TooManyRequests("yours", 1.5)
+        self._check_room(user, 1)
         job = Job(user, lambda job: 0, lambda job: None)
         self.jobs.append(job)
         self.requests.append((list(turns), options, user))
         work = (job, list(turns), options, arguments["input_ids"].shape[1])
         threading.Thread(target=self._answer, args=work, daemon=True).start()
         return job
+
+    def submit_all(self, turns: Sequence[Turn], options: Sequence[Options], user: str = "") -> list[Job]:
+        self._check_room(user, len(options))
+        return [self.submit(turns, one, user) for one in options]
+
+    def _check_room(self, user: str, number: int) -> None:
+        open_jobs = [job for job in self.jobs if not job.is_over]
+        if self.is_closed.is_set() or len(open_jobs) + number > self.max_waiting:
+            raise QueueFull("full", 2.5)
+        if sum(job.user == user for job in open_jobs) + number > self.max_per_user:
+            raise TooManyRequests("yours", 1.5)
 
     def stats(self) -> Stats:
         return Stats(running=sum(not job.is_over for job in self.jobs), served=sum(job.is_over for job in self.jobs))

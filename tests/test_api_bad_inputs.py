@@ -21,6 +21,7 @@ from demo import serve
 from demo.api import create_api
 from demo.api_pictures import claimed_size, kind_of
 from demo.api_settings import Settings
+from orthus.serving import PromptTooLong
 
 TOKEN = "a token of the tests"
 LIMITS = Settings(model_name="fake", max_body_bytes=400_000, max_image_bytes=100_000, max_pixels=1_000_000, max_text=2_000,
@@ -101,6 +102,7 @@ BAD_CHATS: list[tuple[str, Any, int, str]] = [
     ("interval short", ask("a", guidance_interval=[0.1]), 400, "guidance_interval"),
     ("interval upside down", ask("a", guidance_interval=[0.9, 0.1]), 400, "guidance_interval"),
     ("steps zero", ask("a", num_diffusion_steps=0), 400, "num_diffusion_steps"),
+    ("steps above the limit", ask("a", num_diffusion_steps=101), 400, "num_diffusion_steps is more than 100"),
     ("steps many", ask("a", num_diffusion_steps=10**6), 400, "num_diffusion_steps"),
     ("solver", ask("a", solver="magic"), 400, "solver"),
     ("max_images negative", ask("a", max_images=-1), 400, "max_images"),
@@ -111,6 +113,30 @@ BAD_CHATS: list[tuple[str, Any, int, str]] = [
     ("user long", ask("a", user="a" * 300), 400, "user"),
     ("image guidance without picture", ask("a", image_guidance=1.0), 400, "no picture"),
 ]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (
+            PromptTooLong("a prompt of 300 positions and 1 new ones", 300, 256),
+            "context_length_exceeded",
+            "300 of the 256 positions",
+        ),
+        (ValueError("force_image=True needs max_new_tokens of 18"), "invalid_prompt", "force_image=true needs max_tokens of 18"),
+    ],
+)
+def test_what_the_engine_refuses_is_told_in_words_of_the_api(error: ValueError, code: str, message: str) -> None:
+    engine = FakeEngine()
+
+    def refuse(*values: Any) -> Any:
+        raise error
+
+    engine.submit_all = refuse  # type: ignore[method-assign]
+    with TestClient(create_api(engine, LIMITS)) as client:
+        response = client.post(CHAT, json=ask("a"))
+    check(response, 400, message)
+    assert response.json()["error"]["code"] == code and "new ones" not in response.text
 
 
 @pytest.mark.parametrize(("body", "status", "words"), [case[1:] for case in BAD_CHATS], ids=[case[0] for case in BAD_CHATS])

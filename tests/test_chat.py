@@ -11,6 +11,7 @@ from PIL import Image
 
 from demo import chat
 from demo.chat import Chat, as_terminal, terminal_kind
+from orthus.serving import PromptTooLong
 
 CHECKPOINT = Path(__file__).parent.parent / "checkpoints" / "orthus-small"
 
@@ -57,6 +58,8 @@ def test_pictures_are_attached_drawn_and_saved(talk: Any, tmp_path: Path) -> Non
         ("/image nowhere.png", "error: no image file"),
         ("/image", "error:"),
         ("/seed x", "error: seed 'x'"),
+        ("/seed 99999999999999999999", "from 0 to 9223372036854775807"),
+        ("/seed " + "9" * 5000, "from 0 to 9223372036854775807"),
         ("/what", "/image FILE"),
     ],
 )
@@ -76,7 +79,40 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(talk: Any, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr(conversation, "_finish", lambda *values: interrupted(values))
-    assert "stopped" in say("abc") and conversation.engine.jobs[0].is_cancelled
+    assert say("abc").endswith("\nstopped\n") and conversation.engine.jobs[0].is_cancelled
+    conversation.attached = [Image.new("RGB", (8, 8))]
+    assert "pictures are detached" in say("abc") and not conversation.attached
+
+
+def test_a_failed_answer_does_not_end_the_conversation(talk: Any) -> None:
+    conversation, say = talk
+    say("abc")
+    assert "error: secret prompt; the conversation is as before" in say("crash")
+    say("de")
+    assert [turn.segments for turn in conversation.engine.requests[-1][0]] == [("abc",), ("cba",), ("de",)]
+
+
+def test_a_full_conversation_names_the_way_out(talk: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation, say = talk
+
+    def refuse(*values: Any) -> Any:
+        raise PromptTooLong("too long", 300, 256)
+
+    monkeypatch.setattr(conversation.engine, "submit", refuse)
+    assert "300 of 256 positions" in (said := say("abc")) and "/new" in said
+
+
+def test_a_picture_that_cannot_be_saved_is_told(talk: Any, tmp_path: Path) -> None:
+    (tmp_path / "pictures").write_text("a file where the folder should be")
+    assert "cannot save the picture" in talk[1]("/draw a star") and talk[0].engine.jobs[0].is_cancelled
+
+
+def test_the_last_seed_is_followed_by_the_first(talk: Any) -> None:
+    conversation, say = talk
+    say(f"/seed {2**63 - 1}")
+    assert "error" not in say("abc") and conversation.seed == 0
+    with pytest.raises(SystemExit):
+        chat.main(["nowhere", "--seed", "-1"])
 
 
 @pytest.mark.parametrize(

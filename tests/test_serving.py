@@ -13,13 +13,13 @@ from conftest import tiny_config, tiny_model
 from PIL import Image, ImageChops
 
 from orthus import OrthusForConditionalGeneration, OrthusProcessor
-from orthus.backbone_rows import BackboneRows, Prompt, lines_may_join
+from orthus.backbone_rows import BackboneRows, GrowingLayer, Prompt, lines_may_join
 from orthus.data.schema import Turn
 from orthus.decoding import DecodingLoop
 from orthus.image_processing import latents_of
-from orthus.processing import build_processor
+from orthus.processing import _encode_known, build_processor
 from orthus.sampling import Sampling
-from orthus.serving import Answer, Done, Engine, Job, Options, QueueFull, RequestFailed, TooManyRequests
+from orthus.serving import Answer, Done, Engine, Job, Options, PromptTooLong, QueueFull, RequestFailed, TooManyRequests
 from orthus.serving_queue import FairQueue, MovingMean, Rate
 from orthus.serving_requests import MAX_PREVIEWS
 from orthus.streaming import ImagePreview, TextPiece
@@ -165,6 +165,7 @@ def slow(model: OrthusForConditionalGeneration, monkeypatch: pytest.MonkeyPatch,
 
 DRAW = Options(modality="image", preview_every=1)
 LONG = replace(DRAW, max_images=20)
+LONG_TEXT = Options(modality="text", do_sample=True, max_new_tokens=60, seed=2)
 
 
 def test_cancelling_frees_the_row_in_the_middle_of_a_picture(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,6 +258,84 @@ def test_a_failure_concerns_its_own_request(tiny: Any, monkeypatch: pytest.Monke
     assert engine.stats().failed == 3 and engine.stats().served == 3
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_request_that_finds_no_memory_to_join_fails_alone(tiny: Any, monkeypatch: pytest.MonkeyPatch, place: int) -> None:
+    """`place`: the layer at which memory ends; the others have grown by then."""
+    slow(tiny[0], monkeypatch)
+    expected = generated(*tiny, (user("draw"), LONG_TEXT))
+    joined, calls = GrowingLayer.joined, list[GrowingLayer]()
+
+    def ends(layer: GrowingLayer, other: GrowingLayer) -> Any:
+        calls.append(layer)
+        if len(calls) == place + 1:
+            raise MemoryError("no room")
+        return joined(layer, other)
+
+    with Engine(*tiny) as engine:
+        first = engine.submit(user("draw"), LONG_TEXT)
+        next(first.events())
+        monkeypatch.setattr(GrowingLayer, "joined", ends)
+        late = engine.submit(user("a much longer prompt that comes later"), DRAW)
+        with pytest.raises(RequestFailed, match="no room"):
+            late.result(5)
+        third = engine.submit(user("draw"), DRAW)
+        assert len(third.result(5).segments) == 1 and len(calls) > place + 1, "nothing joined after the failure"
+        assert_same(tiny[1], first.result(5).segments, expected)
+    assert (engine.stats().failed, engine.stats().served) == (1, 2)
+
+
+def test_several_answers_are_taken_together_or_not_at_all(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = slow(tiny[0], monkeypatch)
+    with Engine(*tiny, max_rows=1, max_waiting=3, max_per_user=3) as engine:
+        with pytest.raises(ValueError, match="5 answers at once; at most 4"):
+            engine.submit_all(user("draw"), [DRAW] * 5)
+        with pytest.raises(ValueError, match="4 answers at once; at most 3"):
+            engine.submit_all(user("draw"), [DRAW] * 4, "ann")
+        engine.submit_all(user("draw"), [DRAW, replace(DRAW, seed=1)], "ann")[1].result(5)
+        jobs = engine.submit_all(user("draw"), [LONG, LONG], "ann")
+        next(jobs[0].events())
+        with pytest.raises(TooManyRequests) as refused:
+            engine.submit_all(user("draw"), [DRAW] * 2, "ann")
+        with pytest.raises(QueueFull):
+            engine.submit_all(user("draw"), [DRAW] * 3, "bob")
+        assert engine.stats().running + engine.stats().waiting == 2 and lines
+        estimates = [job.estimate() for job in jobs]
+        for job in jobs:
+            job.cancel()
+    assert estimates[0] is not None and refused.value.retry_after == pytest.approx(max(1.0, estimates[0]), abs=1.0)
+
+
+def test_who_asks_too_much_waits_for_requests_of_his_own(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(*tiny, max_per_user=2) as engine:
+        left = {}
+        monkeypatch.setattr(engine, "_estimate", lambda job: left[job.id])
+        slow(tiny[0], monkeypatch)
+        jobs = [engine.submit(user("draw"), LONG, name) for name in ("ann", "ann", "bob")]
+        left |= dict(zip((job.id for job in jobs), (30.0, 20.0, 1.0), strict=True))
+        for number, seconds in ((1, 20.0), (2, 30.0)):
+            with pytest.raises(TooManyRequests) as refused:
+                engine.submit_all(user("draw"), [DRAW] * number, "ann")
+            assert refused.value.retry_after == seconds
+        for job in jobs:
+            job.cancel()
+
+
+def test_a_long_prompt_is_refused_before_its_pictures_are_looked_at(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny[1], "_pictures", lambda pictures: 1 / 0)
+    with Engine(*tiny) as engine, pytest.raises(PromptTooLong, match="exceed the backbone's limit of 256") as refused:
+        engine.submit(user("draw " * 300, Image.new("RGB", (8, 8))))
+    assert refused.value.length > 300 and refused.value.limit == 256
+
+
+def test_what_users_write_is_not_kept(tiny: Any) -> None:
+    _encode_known.cache_clear()
+    with Engine(*tiny) as engine:
+        engine.submit(user("my secret"), Options(guidance=2.0, max_new_tokens=1)).result(5)
+    assert _encode_known.cache_info().currsize == 0
+    tiny[1].render([Turn("user", ("training",)), Turn("assistant", ("data " * 99,))])
+    assert _encode_known.cache_info().currsize == 1, "short texts of training are kept, long ones are not"
+
+
 def test_memory_is_flat_over_many_requests(tiny: Any) -> None:
     model, processor = tiny
     columns: list[int] = []
@@ -286,10 +365,11 @@ def test_memory_is_flat_over_many_requests(tiny: Any) -> None:
     "turns, options, message",
     [
         (user("draw " * 300), {}, "exceed the backbone's limit of 256"),
-        (user("draw"), {"image_guidance": 2.0}, "no picture to keep"),
+        (user("draw"), {"image_guidance": 2.0}, "image_guidance .* no picture"),
         ([Turn("assistant", ("draw",))], {}, "last turn is the assistant's"),
         ([], {}, "empty prompt"),
         (user("draw"), {"modality": "image", "max_images": 0}, "needs max_images of at least 1"),
+        (user("draw"), {"num_diffusion_steps": 101}, "num_diffusion_steps=101; at most 100"),
         (user("draw"), {"solver": "euler"}, "needs objective=flow_matching"),
     ],
 )
@@ -303,6 +383,7 @@ def test_what_cannot_be_answered_is_refused_at_once(tiny: Any, turns: Any, optio
     [
         {"modality": "song"}, {"guidance": -1.0}, {"guidance": float("nan")}, {"text_guidance": 1e9}, {"image_guidance": -2.0},
         {"max_images": -1}, {"max_new_tokens": 0}, {"max_new_tokens": 2.5}, {"preview_every": -1}, {"temperature": 0.0},
+        {"temperature": 1e-40},
         {"temperature": float("inf")}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}, {"seed": 2**64}, {"seed": "1"},
         {"negative_prompt": " "}, {"solver": "unipc"}, {"num_diffusion_steps": 0}, {"guidance_interval": (0.5, 0.2)},
     ],
@@ -312,7 +393,14 @@ def test_options_are_checked(options: dict) -> None:
         Options(**options)
 
 
-@pytest.mark.parametrize("limits", [{"max_rows": 0}, {"max_waiting": -1}, {"max_per_user": 0}, {"max_seconds": 0.0}])
+def test_generate_refuses_a_temperature_whose_scores_overflow(tiny: Any) -> None:
+    with pytest.raises(ValueError, match="temperature=1e-40 is below 0.0001"):
+        tiny[0].generate(torch.tensor([[1, 9]]), max_new_tokens=2, do_sample=True, temperature=1e-40)
+
+
+@pytest.mark.parametrize(
+    "limits", [{"max_diffusion_steps": 0}, {"max_rows": 0}, {"max_waiting": -1}, {"max_per_user": 0}, {"max_seconds": 0.0}]
+)
 def test_limits_of_the_engine_are_checked(tiny: Any, limits: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(limits))):
         Engine(*tiny, **limits)
@@ -399,7 +487,11 @@ def test_users_take_turns() -> None:
         queue.put(item[0], item)
     order = ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert [queue.place(lambda item, name=name: item == name) for name in order] == [1, 2, 3, 4, 5, 6]  # type: ignore[misc]
-    assert queue.place(lambda item: item == "d1") == 0 and (len(queue), queue.count("a"), queue.count("d")) == (6, 3, 0)
+    assert queue.place(lambda item: item == "d1") == 0 and (len(queue), queue.items("a"), queue.items("d")) == (
+        6,
+        ("a1", "a2", "a3"),
+        (),
+    )
     assert queue.take() == "a1"
     assert [queue.place(lambda item, name=name: item == name) for name in order[1:]] == [1, 2, 3, 4, 5]  # type: ignore[misc]
     assert queue.remove(lambda item: item == "c1") == "c1" and queue.remove(lambda item: item == "c1") is None
