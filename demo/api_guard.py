@@ -28,6 +28,8 @@ FOR_DATA = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+FOR_PAGES = {"Content-Security-Policy": "frame-ancestors 'none'", "X-Frame-Options": "DENY"}
+ONCE = ("host", "origin", "content-type", "content-length")  # of two of them servers and frameworks see different ones
 
 
 class SlowClient(Exception):
@@ -88,13 +90,7 @@ class Guard:
 def check_request(scope: Scope, settings: Settings) -> None:
     """From the headers alone. Raises `RequestError` 400, 401, 403, 411 or 413."""
     headers = Headers(scope=scope)
-    host = headers.get("host", "")
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
-    if settings.allowed_hosts and name.lower() not in settings.allowed_hosts:
-        raise RequestError(403, "this Host is not served here", code="host_not_allowed")
-    is_foreign = "origin" in headers and urlsplit(headers["origin"]).netloc != host
-    if is_foreign or headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-        raise RequestError(403, "pages of other sites may not call this server", code="cross_site")
+    check_source(headers, settings)
     if settings.token is not None and path_of(scope) != "/health":
         scheme, _, given = headers.get("authorization", "").partition(" ")
         is_known = hmac.compare_digest(given.strip().encode("utf-8", "replace"), settings.token.encode())
@@ -103,21 +99,44 @@ def check_request(scope: Scope, settings: Settings) -> None:
             raise RequestError(401, "send Authorization: Bearer with a valid token", code="invalid_api_key", headers=authenticate)
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise RequestError(415, "compressed bodies are not accepted", code="unsupported_encoding")
+    check_length(headers, settings.max_body_bytes)
+
+
+def check_source(headers: Headers, settings: Settings, *, is_link: bool = False) -> None:
+    """Raises `RequestError` 400 for repeated headers, 403 for another `Host` and for calls from pages of other sites.
+
+    is_link: a page that may be opened by a link of another site.
+    """
+    for name in ONCE:
+        if len(headers.getlist(name)) > 1:
+            raise RequestError(400, f"the header {name} occurs twice", code="repeated_header")
+    host = headers.get("host", "")
+    name = host.rsplit(":", 1)[0] if not host.endswith("]") else host
+    if settings.allowed_hosts and name.lower() not in settings.allowed_hosts:
+        raise RequestError(403, "this Host is not served here", code="host_not_allowed")
+    is_foreign = "origin" in headers and urlsplit(headers["origin"]).netloc != host
+    if is_foreign or not (is_link or headers.get("sec-fetch-site", "none") in ("none", "same-origin")):
+        raise RequestError(403, "pages of other sites may not call this server", code="cross_site")
+
+
+def check_length(headers: Headers, max_bytes: int) -> None:
+    """Raises `RequestError` 400 for a Content-Length that is no number, 413 for one above `max_bytes`."""
     length = headers.get("content-length")
     if length is not None and not (length.isascii() and length.isdigit() and len(length) < 19):
         raise RequestError(400, "Content-Length is not a number", code="invalid_length")
-    if length is not None and int(length) > settings.max_body_bytes:
-        raise _too_large(settings)
+    if length is not None and int(length) > max_bytes:
+        raise _too_large(max_bytes)
 
 
-def _too_large(settings: Settings) -> RequestError:
-    return RequestError(413, f"the body exceeds {settings.max_body_bytes} bytes", code="body_too_large")
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(413, f"the body exceeds {max_bytes} bytes", code="body_too_large")
 
 
 class Exchange:
     """`receive` and `send` of one request with their limits."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, settings: Settings, max_bytes: int | None = None) -> None:
+        self.max_bytes = settings.max_body_bytes if max_bytes is None else max_bytes
         self.is_api = is_api(path_of(scope))
         self._receive, self._send, self.settings = receive, send, settings
         self.status = 0  # 0 until the response has begun
@@ -137,8 +156,8 @@ class Exchange:
             raise RequestError(408, "the body did not arrive in time", code="request_timeout") from None
         self.num_bytes += len(message.get("body", b""))
         self.is_read = not message.get("more_body", False)
-        if self.num_bytes > self.settings.max_body_bytes:
-            raise _too_large(self.settings)
+        if self.num_bytes > self.max_bytes:
+            raise _too_large(self.max_bytes)
         return message
 
     async def send(self, message: Message) -> None:
@@ -147,7 +166,9 @@ class Exchange:
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             kind = headers.get("content-type", "")
-            for name, value in {**FOR_ALL, **(FOR_DATA if self.is_api or kind.startswith("application/json") else {})}.items():
+            is_data = self.is_api or kind.startswith("application/json")
+            more = FOR_DATA if is_data else FOR_PAGES if kind.startswith("text/html") else {}
+            for name, value in {**FOR_ALL, **more}.items():
                 headers.setdefault(name, value)
         if not self.is_api:
             await self._send(message)

@@ -7,16 +7,19 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
-from gradio import networking
+from starlette.requests import Request
+from starlette.routing import Mount
 
 from demo.api import create_api
 from demo.api_settings import Settings
-from demo.app_desk import Desk
+from demo.app_desk import Desk, quiet
+from demo.app_files import Folder
 from demo.app_guard import AppGuard
 from demo.app_settings import Setting, connect
 from demo.serve import LOOPBACK, add_engine_options, load_engine, run, settings_of
@@ -25,8 +28,6 @@ from orthus.serving import Engine
 
 FOLDER = Path(__file__).parent
 TABS = (("Chat", chat), ("Draw", draw), ("Edit", edit), ("Story", story), ("Inside", inside))
-FILE_SECONDS = 3600  # for which uploads and pictures for API clients are kept
-CHECK_SECONDS = 600  # between two looks for files that are older
 MAX_EVENTS = 256  # clicks that wait for a worker; what waits for the model is counted by the engine
 FONT = ["system-ui", "sans-serif"]  # nothing is fetched
 HERO = """# Orthus
@@ -37,7 +38,7 @@ def build_app(desk: Desk) -> gr.Blocks:
     """The tabs, wired to the desk and to the address of the page."""
     width = desk.engine.model.config.autoencoder_config.image_size
     settings: list[Setting] = []
-    with gr.Blocks(title="Orthus", analytics_enabled=False, delete_cache=(CHECK_SECONDS, FILE_SECONDS)) as blocks:
+    with gr.Blocks(title="Orthus", analytics_enabled=False) as blocks:
         name = desk.settings.model_name
         gr.Markdown(HERO.format(name=name, size=f"{width} x {width}", count=desk.num_latents), elem_classes="hero")
         with gr.Tabs(selected=chat.NAME):
@@ -64,7 +65,10 @@ def create_app(engine: Engine, settings: Settings, folder: Path) -> FastAPI:
     """API and app in one; Gradio keeps its files under `folder`."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     app = create_api(engine, settings)
-    blocks = build_app(Desk(engine, settings))
+    stored = Folder(folder)
+    blocks = build_app(Desk(engine, settings, stored))
+    quiet(blocks)
+    stored.keep()
     gr.mount_gradio_app(
         app,
         blocks,
@@ -82,8 +86,20 @@ def create_app(engine: Engine, settings: Settings, folder: Path) -> FastAPI:
     )
     app.state.blocks = blocks
     blocks.has_launched = True  # else Gradio opens any path that a request names
-    app.add_middleware(AppGuard, folder=folder, hosts=settings.allowed_hosts, is_closing=lambda: app.state.api.is_closing)
+    api, is_known = app.state.api, _visitor(app, settings)
+    app.add_middleware(AppGuard, folder=stored, settings=settings, is_closing=lambda: api.is_closing, is_known=is_known)
     return app
+
+
+def _visitor(app: FastAPI, settings: Settings) -> Callable[[Request], bool]:
+    """Whether a request carries the cookie that Gradio gives for the password."""
+    mounted: Any = next(route.app for route in app.routes if isinstance(route, Mount))
+
+    def is_known(request: Request) -> bool:
+        names = (f"access-token-{mounted.cookie_id}", f"access-token-unsecure-{mounted.cookie_id}")
+        return settings.token is None or any(request.cookies.get(name) in mounted.tokens for name in names)
+
+    return is_known
 
 
 def _head() -> str:
@@ -99,21 +115,15 @@ def _password(token: str) -> object:
     return is_known
 
 
-def share(host: str, port: int) -> str:
-    """A public address that leads here for a week, through Gradio's servers."""
-    return networking.setup_tunnel(host, port, os.urandom(24).hex(), None, None)
-
-
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(description="The app in a browser, and the HTTP API beside it.")
     add_engine_options(parser)
     parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--share", action="store_true", help="also on a public address, through Gradio's servers; set a token")
     parser.add_argument("--shutdown-seconds", type=float, default=30.0, help="which running requests have after SIGTERM")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     settings = settings_of(args)
-    if (args.share or args.host not in LOOPBACK) and settings.token is None:
+    if args.host not in LOOPBACK and settings.token is None:
         print("warning: others can reach this server and there is no token: everybody may use it", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="orthus-app-") as folder, load_engine(args) as engine:
         app = create_app(engine, settings, Path(folder))

@@ -6,14 +6,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 from PIL import Image
 
+from demo.api_bodies import check_text
 from demo.api_errors import RequestError
 from demo.api_pictures import read_picture
 from demo.api_settings import Settings
+from demo.app_files import Folder
 from orthus.data.schema import Segment, Turn
 from orthus.serving import Answer, Done, Engine, Job, Options, QueueFull, RequestFailed, TooManyRequests
 from orthus.streaming import ImagePreview, TextPiece
@@ -87,17 +89,19 @@ class Progress:
 
 
 class Desk:
-    """Submits requests of the app's users and reports on them. `user` in the engine is one open page."""
+    """Submits requests of the app's users and reports on them. `user` in the engine is an address, as for the API."""
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
-        self.engine, self.processor, self.settings = engine, engine.processor, settings
+    def __init__(self, engine: Engine, settings: Settings, folder: Folder) -> None:
+        self.engine, self.processor, self.settings, self.folder = engine, engine.processor, settings, folder
         self.num_latents = engine.model.config.num_latents
         self.preview_every = max(1, self.num_latents // NUM_PREVIEWS)
         self._lock = threading.Lock()
-        self._stops: dict[tuple[str, str], threading.Event] = {}
+        self._running: list[tuple[str, str, threading.Event]] = []  # page, tab, what stops it
 
     def read(self, path: str) -> Image.Image:
         """The picture in a file that Gradio stored. Raises gr.Error for one that is not accepted."""
+        if not self.folder.holds(path):
+            raise told("The picture was not uploaded here; upload it.")
         try:
             if Path(path).stat().st_size > self.settings.max_image_bytes:
                 raise told(f"The picture is larger than {self.settings.max_image_bytes // 1_000_000} MB; send a smaller one.")
@@ -109,8 +113,9 @@ class Desk:
 
     def stop(self, request: gr.Request, tab: str = "") -> None:
         """End what runs in one tab of a page, or in all of them."""
+        page = page_of(request)
         with self._lock:
-            stops = [stop for (page, name), stop in self._stops.items() if page == page_of(request) and tab in ("", name)]
+            stops = [stop for other, name, stop in self._running if page and other == page and tab in ("", name)]
         for stop in stops:
             stop.set()
 
@@ -122,17 +127,21 @@ class Desk:
 
         return stop
 
-    def run(self, request: gr.Request, tab: str, requests: Sequence[Request]) -> Iterator[Progress]:
-        """Drafts as they grow, until all are over; closing the iterator ends the jobs. Raises gr.Error with what to do."""
+    def run(self, request: gr.Request, tab: str, requests: Sequence[Request], *, replaces: bool = True) -> Iterator[Progress]:
+        """Drafts as they grow, until all are over; closing the iterator ends the jobs. Raises gr.Error with what to do.
+
+        replaces: whether what still runs in the same tab of the same page ends, as on a page, where there is room for one.
+        """
         length = sum(len(part) for turns, _ in requests for turn in turns for part in turn.segments if isinstance(part, str))
         if length > self.settings.max_text:
             raise told(f"The text has {length} characters, at most {self.settings.max_text} are accepted; shorten it.")
-        stop = threading.Event()
+        if replaces:
+            self.stop(request, tab)
+        running = (page_of(request), tab, threading.Event())
         with self._lock:
-            before, self._stops[page_of(request), tab] = self._stops.get((page_of(request), tab)), stop
-        if before is not None:
-            before.set()
-        run = _Run(self, page_of(request), [(turns, replace(o, preview_every=self.preview_every)) for turns, o in requests], stop)
+            self._running.append(running)
+        given = [(turns, replace(options, preview_every=self.preview_every)) for turns, options in requests]
+        run = _Run(self, address_of(request), given, running[2])
         try:
             yield from run.follow()
         except QueueFull as error:
@@ -142,8 +151,7 @@ class Desk:
         finally:
             run.cancel()
             with self._lock:
-                if self._stops.get((page_of(request), tab)) is stop:
-                    del self._stops[page_of(request), tab]
+                self._running.remove(running)
 
 
 class _Run:
@@ -177,7 +185,7 @@ class _Run:
             try:
                 job = self.desk.engine.submit(turns, options, self.user)
             except TooManyRequests:
-                if not self.jobs:  # they belong to another tab of the same page
+                if index == 0:
                     raise
                 return
             self.pending.popleft()
@@ -232,8 +240,53 @@ def outcome(drafts: Sequence[Draft]) -> str:
 
 
 def page_of(request: gr.Request) -> str:
-    """Names one open page, or one client of the Gradio API."""
+    """Names one open page, or one client of the Gradio API; empty where a client gave no name."""
     return str(request.session_hash or "")
+
+
+def address_of(request: gr.Request) -> str:
+    """For the limit per user, which a client must not escape with another session."""
+    client = getattr(request, "client", None)
+    return str(client.host) if client else "unknown"
+
+
+def seed_of(value: float | None) -> int:
+    """Raises gr.Error for a field that was cleared and for what is no whole number from 0 on."""
+    if value is None or not 0 <= value < 2**63 or value != int(value):
+        raise told("The seed must be a whole number from 0 on; write one, for example 0.")
+    return int(value)
+
+
+def text_of(value: str | None, most: int) -> str:
+    """What was written, without space around it. Raises gr.Error for control characters and more than `most` characters."""
+    try:
+        return check_text(value or "", "the text", most).strip()
+    except RequestError as error:
+        advice = "; shorten it." if len(value or "") > most else "."
+        raise told(f"{error.message[0].upper()}{error.message[1:]}{advice}") from error
+
+
+def options_of(default: Options, **changes: Any) -> Options:
+    """Raises gr.Error for values that are not accepted."""
+    try:
+        return replace(default, **changes)
+    except (ValueError, TypeError) as error:
+        raise told(str(error)) from error
+
+
+def quiet(blocks: gr.Blocks) -> None:
+    """Inputs that Gradio refuses are told to the user and not logged: the message would hold what was written."""
+    read: Any = blocks.preprocess_data
+
+    async def preprocess_data(*args: Any, **options: Any) -> Any:
+        try:
+            return await read(*args, **options)
+        except gr.Error as error:
+            raise told(str(error.message)) from None
+        except Exception:
+            raise told("An input is empty or not of the kind that belongs there; fill it in again.") from None
+
+    cast(Any, blocks).preprocess_data = preprocess_data
 
 
 def told(message: str) -> gr.Error:

@@ -1,42 +1,41 @@
 """What the app accepts from outside: uploads, but no paths and no addresses.
 
 Gradio fetches a file that a request names by its address, and where an app is mounted rather than launched it opens any path
-that a request names. `AppGuard` refuses both before Gradio sees them.
+that a request names. `AppGuard` refuses both before Gradio sees them. It reads every body whole and within its time, so that
+Gradio never sees a request that breaks off.
 """
 
 import asyncio
-import json
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
-from pathlib import Path
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import unquote
 
-import gradio as gr
+from anyio import to_thread
+from starlette.datastructures import Headers
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from demo.api_guard import is_api
+from demo.api_bodies import parse_json
+from demo.api_errors import ClientGone, RequestError
+from demo.api_guard import Exchange, check_length, check_source, is_api, path_of
+from demo.api_settings import Settings
+from demo.app_files import Folder, check_upload
 
 MAX_BODY_BYTES = 1_000_000  # of a request that is no upload
 MAX_UPLOAD_BYTES = 32_000_000  # of all files of one upload; each is limited by `Settings.max_image_bytes`
+MAX_UPLOADS = 8  # held in memory at a time
+MAX_OPEN = 128  # requests of one address at a time; an open page is one or two
 HEARTBEAT_SECONDS = 0.5  # between two looks at whether the server stops
-FILE_TYPES = [".png", ".jpg", ".jpeg", ".webp", ".gif"]
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+UPLOAD, LOGIN = "/gradio_api/upload", ("/login", "/login/")
 
 
-def picture_input(value: str | None = None, **options: Any) -> gr.Image:
-    """A `gr.Image` whose value is the path of the stored upload: nothing is decoded before `Desk.read` looked at it.
+class Refusal(RequestError):
+    """A `RequestError` in the shape that Gradio's pages and clients read."""
 
-    Not a class of its own: Gradio writes a stub beside the source of every component class.
-    """
-    part = gr.Image(value, image_mode=None, sources=["upload", "clipboard"], buttons=[], **options)
-    part.preprocess = _stored  # type: ignore[method-assign]
-    return part
-
-
-def _stored(payload: Any) -> str | None:
-    return None if payload is None or payload.path is None else str(payload.path)
+    def body(self) -> dict[str, Any]:
+        return {"detail": self.message}
 
 
 class AppGuard:
@@ -44,96 +43,114 @@ class AppGuard:
 
     Args:
         folder: where Gradio stores uploads.
-        hosts: accepted `Host` names, empty for all; as `Settings.allowed_hosts`.
+        settings: limits and `allowed_hosts` as the API has them.
         is_closing: whether the server was told to stop, so that pages which are only open must not hold it.
+        is_known: whether a request comes from someone who gave the password, or there is none.
     """
 
-    def __init__(self, app: Any, folder: Path, hosts: Sequence[str], is_closing: Callable[[], bool]) -> None:
-        self.app, self.folder, self.hosts, self.is_closing = app, folder.resolve(), hosts, is_closing
+    def __init__(
+        self, app: ASGIApp, folder: Folder, settings: Settings, is_closing: Callable[[], bool],
+        is_known: Callable[[Request], bool],
+    ) -> None:  # fmt: skip
+        self.app, self.folder, self.settings, self.is_closing, self.is_known = app, folder, settings, is_closing, is_known
+        self._open: Counter[str] = Counter()
 
-    async def __call__(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or is_api(scope["path"]):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or is_api(path_of(scope)):
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
-        refusal = self._refused_host(headers) or self._refused_path(unquote(scope["path"]))
-        if refusal is None and headers.get(b"content-type", b"").startswith(b"multipart/"):
-            length = headers.get(b"content-length", b"")
-            if not length.isdigit() or int(length) > MAX_UPLOAD_BYTES:
-                refusal = f"uploads state their length and have at most {MAX_UPLOAD_BYTES} bytes"
-        elif refusal is None and scope["method"] == "POST":
-            body = await _read(receive)
-            refusal = "the request is too large" if body is None else None
-            if body is not None and "gradio_api" in scope["path"]:
-                refusal = self._refused_body(body)
-            receive = _replay(body or b"", receive)
-        if refusal is None:
-            await self._until_closing(scope, receive, send)
+        is_upload = path_of(scope) == UPLOAD
+        most = MAX_UPLOAD_BYTES if is_upload else MAX_BODY_BYTES
+        exchange = Exchange(scope, receive, send, self.settings, most)
+        try:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._counted((scope.get("client") or ("unknown",))[0], MAX_OPEN))
+                self._check_head(scope, most)
+                if is_upload:
+                    stack.enter_context(self._counted(UPLOAD, MAX_UPLOADS))
+                if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+                    receive = await self._checked_body(scope, exchange)
+                await self._until_closing(scope, receive, send)
+        except RequestError as error:
+            await exchange.refuse(Refusal(error.status, error.message, headers=error.headers))
+        except ClientGone:
             return
-        answer = json.dumps({"detail": refusal}).encode()
-        await send({"type": "http.response.start", "status": 400, "headers": [(b"content-type", b"application/json")]})
-        await send({"type": "http.response.body", "body": answer})
 
-    async def _until_closing(self, scope: MutableMapping[str, Any], receive: Receive, send: Send) -> None:
+    @contextlib.contextmanager
+    def _counted(self, name: str, most: int) -> Iterator[None]:
+        if self._open[name] >= most:
+            raise RequestError(429, "too many requests at a time; close other pages or wait", headers={"Retry-After": "5"})
+        self._open[name] += 1
+        try:
+            yield
+        finally:
+            self._open[name] -= 1
+            if not self._open[name]:
+                del self._open[name]
+
+    def _check_head(self, scope: Scope, most: int) -> None:
+        headers, path = Headers(scope=scope), path_of(scope)
+        is_link = scope["method"] in ("GET", "HEAD") and path == "/" and headers.get("sec-fetch-mode") == "navigate"
+        check_source(headers, self.settings, is_link=is_link)
+        check_length(headers, most)
+        self._check_path(unquote(path))
+        if scope["method"] == "POST" and path not in LOGIN and not self.is_known(Request(scope)):
+            raise RequestError(401, "Not authenticated")
+
+    async def _checked_body(self, scope: Scope, exchange: Exchange) -> Receive:
+        body = await _read(exchange)
+        path = path_of(scope)
+        if path == UPLOAD:
+            if not Headers(scope=scope).get("content-type", "").lower().startswith("multipart/form-data"):
+                raise RequestError(400, "uploads are multipart/form-data")
+            await check_upload(Request(scope, _replay(body, exchange.receive)), self.settings)
+            await to_thread.run_sync(self.folder.sweep_if_due)
+        elif path not in LOGIN and body:
+            self._check_value(parse_json(body))
+        return _replay(body, exchange.receive)
+
+    async def _until_closing(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A heartbeat lasts as long as its page is open, and a server that stops would wait for it."""
+        if "/heartbeat/" not in scope["path"]:
+            await self.app(scope, receive, send)
+            return
         task = asyncio.ensure_future(self.app(scope, receive, send))
-        while "/heartbeat/" in scope["path"] and not self.is_closing():
-            if (await asyncio.wait([task], timeout=HEARTBEAT_SECONDS))[0]:
-                break
-        else:
-            if "/heartbeat/" in scope["path"]:
-                task.cancel()
-        await asyncio.gather(task, return_exceptions="/heartbeat/" in scope["path"])
+        try:
+            while not self.is_closing() and not (await asyncio.wait([task], timeout=HEARTBEAT_SECONDS))[0]:
+                pass
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
-    def _refused_host(self, headers: dict[bytes, bytes]) -> str | None:
-        """A web page elsewhere must not reach a server on the loopback interface through a name of its own."""
-        host = headers.get(b"host", b"").decode("latin-1").lower()
-        name = host if host.endswith("]") else host.rsplit(":", 1)[0]
-        return "this Host is not served here" if self.hosts and name not in self.hosts else None
-
-    def _refused_path(self, path: str) -> str | None:
+    def _check_path(self, path: str) -> None:
         """Files are served from the upload folder only, and nothing is passed on to another server."""
         if "/proxy=" in path:
-            return "this server does not pass requests on"
+            raise RequestError(400, "this server does not pass requests on")
         name = path.partition("/file=")[2]
-        return None if not name or self._is_stored(name) else "only files that were uploaded or made here are served"
+        if name and not self.folder.holds(name):
+            raise RequestError(400, "only files that were uploaded or made here are served")
 
-    def _refused_body(self, body: bytes) -> str | None:
-        try:
-            return self._refused_value(json.loads(body)) if body else None
-        except (ValueError, RecursionError):
-            return "the request is not valid JSON"
-
-    def _refused_value(self, value: Any) -> str | None:
+    def _check_value(self, value: Any) -> None:
         if isinstance(value, dict):
             path, address = value.get("path"), value.get("url")
-            if isinstance(path, str) and not self._is_stored(path):
-                return "a file is named by a path or address; upload it instead"
+            if isinstance(path, str) and not self.folder.holds(path):
+                raise RequestError(400, "a file is named by a path or address; upload it instead")
             if isinstance(address, str) and address.lstrip()[:5].lower() == "data:":
-                return "a file comes inside the request; upload it instead"
+                raise RequestError(400, "a file comes inside the request; upload it instead")
             value = list(value.values())
-        if isinstance(value, list):
-            return next((found for entry in value if (found := self._refused_value(entry)) is not None), None)
-        return None
-
-    def _is_stored(self, name: str) -> bool:
-        try:
-            path = Path(name)
-            return path.is_absolute() and path.resolve().is_relative_to(self.folder)
-        except (OSError, ValueError):
-            return False
+        for entry in value if isinstance(value, list) else ():
+            self._check_value(entry)
 
 
-async def _read(receive: Receive) -> bytes | None:
-    """The body of a request, None for one that is too large."""
-    body = b""
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES:
-            return None
-        if not message.get("more_body", False):
-            return body
+async def _read(exchange: Exchange) -> bytes:
+    """Raises `RequestError` 408 or 413 as `Exchange.receive`, `ClientGone` where the client left."""
+    parts = []
+    while not exchange.is_read:
+        message = await exchange.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+    return b"".join(parts)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

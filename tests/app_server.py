@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,11 +32,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(folder: Path, token: str | None = None) -> Iterator[Server]:
+def served(folder: Path, token: str | None = None, **limits: Any) -> Iterator[Server]:
     """The shipped checkpoint behind the app, files under `folder`."""
     model = OrthusForConditionalGeneration.from_pretrained(str(CHECKPOINT)).eval()
     with Engine(model, OrthusProcessor.from_pretrained(CHECKPOINT)) as engine:
-        app = create_app(engine, Settings("orthus-small", token=token, allowed_hosts=LOOPBACK), folder)
+        app = create_app(engine, Settings("orthus-small", token=token, allowed_hosts=LOOPBACK, **limits), folder)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -1,26 +1,34 @@
 """The app through its Gradio endpoint, what it refuses, and the parts of its pages."""
 
+import contextlib
 import io
 import json
+import os
+import socket
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gradio as gr
 import httpx
 import pytest
 from app_server import PICTURE, ROOT, Server, served
-from gradio.context import LocalContext
-from gradio.exceptions import InvalidPathError
-from gradio.processing_utils import _check_allowed
+from gradio.data_classes import ImageData
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from demo.app_desk import Draft, outcome
-from demo.app_guard import MAX_BODY_BYTES, MAX_UPLOAD_BYTES, AppGuard
+from demo.api_settings import Settings
+from demo.app_desk import Desk, Draft, outcome
+from demo.app_files import Folder, picture_input
+from demo.app_guard import MAX_BODY_BYTES, MAX_OPEN, MAX_UPLOAD_BYTES
 from demo.app_pages import archive, turns_html
 from demo.app_settings import Setting, connect
+from demo.defaults import default_options
+from demo.views import inside
 from demo.views.draw import grader_html
 from orthus.data.schema import Turn
 from orthus.serving import Answer, Done
@@ -95,10 +103,9 @@ def test_a_client_is_told_what_is_wrong(client: Client, arguments: tuple[Any, ..
 
 def test_uploads_are_judged_before_they_are_decoded(client: Client, tmp_path: Path) -> None:
     Image.new("1", (5000, 5000)).save(tmp_path / "bomb.png")
-    (tmp_path / "text.png").write_text("no picture")
     cut = PICTURE.read_bytes()[:600]
     (tmp_path / "cut.png").write_bytes(cut)
-    for name, message in (("bomb.png", "pixels"), ("text.png", "not PNG"), ("cut.png", "damaged")):
+    for name, message in (("bomb.png", "pixels"), ("cut.png", "damaged")):
         with pytest.raises(Exception, match=message):
             client.predict("Describe the picture.", handle_file(str(tmp_path / name)), "chat", api_name="/generate")
 
@@ -120,8 +127,9 @@ def test_uploads_are_judged_before_they_are_decoded(client: Client, tmp_path: Pa
     ],
 )
 def test_no_path_and_no_address_of_a_request_is_opened(server: Server, file: dict[str, Any]) -> None:
-    response = post(server, ["x", {**file, "meta": {"_type": "gradio.FileData"}}, "chat", 0, 0, 0])
-    assert response.status_code == 400 and "upload it instead" in response.json()["detail"]
+    for meta in ({"meta": {"_type": "gradio.FileData"}}, {}):
+        response = post(server, ["x", {**file, **meta}, "chat", 0, 0, 0])
+        assert response.status_code == 400 and "upload it instead" in response.json()["detail"]
 
 
 def test_a_path_out_of_the_upload_folder_is_refused(server: Server) -> None:
@@ -132,33 +140,119 @@ def test_a_path_out_of_the_upload_folder_is_refused(server: Server) -> None:
     assert httpx.get(f"{server.url}gradio_api/proxy=http://127.0.0.1:1/x").status_code == 400
 
 
-def test_gradio_itself_checks_paths_too(server: Server) -> None:
-    """`AppGuard` is the first of two locks; where an app is mounted Gradio leaves its own open unless told otherwise."""
-    blocks = server.app.state.blocks
-    LocalContext.blocks.set(blocks)
-    with pytest.raises(InvalidPathError):
-        _check_allowed("/etc/passwd", True)
-    blocks.has_launched = False
-    try:
-        _check_allowed("/etc/passwd", True)  # as it is without `create_app`'s line; should this raise one day, drop the line
-    finally:
-        blocks.has_launched = True
-        LocalContext.blocks.set(None)
+@pytest.mark.parametrize("name", ["Content-Type", "Content-Length", "Host", "Origin"])
+def test_repeated_headers_are_refused(server: Server, name: str) -> None:
+    body = json.dumps({"data": ["what is it", {"path": str(PICTURE)}, "chat", 0, 0, 0]}).encode()
+    host = server.url.removeprefix("http://").rstrip("/")
+    known = {"Host": host, "Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
+    again = {**known, "Content-Type": "multipart/form-data", "Origin": server.url}[name]
+    lines = [*known.items(), (name, again), *([(name, again)] if name == "Origin" else [])]
+    head = "".join(f"{key}: {value}\r\n" for key, value in lines)
+    answer = sent(server, f"POST /gradio_api/call/generate HTTP/1.1\r\n{head}\r\n".encode() + body)
+    assert answer.startswith(b"HTTP/1.1 400"), answer[:200]
+
+
+def test_only_the_route_of_uploads_takes_uploads(server: Server) -> None:
+    body = json.dumps({"data": [{"path": str(PICTURE)}]}).encode()
+    for path in ("call/generate", "queue/join", "process_recording", "upload/", "upload"):
+        response = httpx.post(
+            f"{server.url}gradio_api/{path}", content=body, headers={"Content-Type": "multipart/form-data; boundary=b"}
+        )
+        assert response.status_code == 400, path
+
+
+def test_every_place_that_opens_a_picture_checks_its_path(server: Server, tmp_path: Path) -> None:
+    """`AppGuard` is the first lock, these are the second; Gradio's own depends on what a request says."""
+    folder = Folder(tmp_path / "in")
+    folder.path.mkdir()
+    (folder.path / "link.png").symlink_to(PICTURE)
+    part = picture_input(folder)
+    desk = Desk(server.engine, Settings(), folder)
+    for path in (str(PICTURE), str(folder.path / "link.png"), f"{folder.path}/../x.png", "x.png", "http://127.0.0.1:1/x.png"):
+        with pytest.raises(gr.Error, match="not uploaded here"):
+            desk.read(path)
+        with pytest.raises(gr.Error, match="not uploaded here"):
+            part.preprocess(ImageData(path=path))
+    stored = folder.path / "a.png"
+    stored.write_bytes(PICTURE.read_bytes())
+    assert desk.read(part.preprocess(ImageData(path=str(stored)))).size == (64, 64)  # type: ignore[arg-type]
+
+
+def test_pages_of_other_sites_do_not_call_it(server: Server) -> None:
+    url, body = f"{server.url}gradio_api/call/generate", {"data": ["x", None, "chat", 0, 0, 0]}
+    for headers in ({"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}):
+        assert httpx.post(url, json=body, headers=headers).status_code == 403
+    link = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    page = httpx.get(server.url, headers=link)
+    assert page.status_code == 200 and page.headers["X-Frame-Options"] == "DENY"
+    assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
+    assert httpx.get(f"{server.url}config", headers=link).status_code == 403
+
+
+def sent(server: Server, request: bytes) -> bytes:
+    """The answer to raw bytes, as far as the server sends it within 10 s."""
+    host, port = server.url.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        return connection.recv(65536)
+
+
+def test_slow_bodies_and_many_requests_end(tmp_path: Path) -> None:
+    with served(tmp_path, token="0123456789abcdef", body_seconds=0.5) as server:
+        head = b"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{"
+        began = time.monotonic()
+        assert b" 401 " in sent(server, b"POST /gradio_api/queue/join HTTP/1.1\r\n" + head)  # nothing is read before the password
+        assert b" 408 " in sent(server, b"POST /login HTTP/1.1\r\n" + head)
+        assert time.monotonic() - began < 8
+        host, port = server.url.removeprefix("http://").rstrip("/").split(":")
+        with contextlib.ExitStack() as stack:
+            for place in range(MAX_OPEN):
+                connection = stack.enter_context(socket.create_connection((host, int(port))))
+                connection.sendall(f"GET /gradio_api/heartbeat/{place} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
+                if place % 16 == 0:
+                    connection.recv(1)
+            connection.recv(1)
+            assert httpx.get(server.url).status_code == 429 and httpx.get(f"{server.url}health").status_code == 200
+
+
+def test_broken_uploads_and_other_files_leave_nothing(server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(server.folder.rglob("*"))
+    part = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    head = b"POST /gradio_api/upload HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+    host, port = server.url.removeprefix("http://").rstrip("/").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        connection.sendall(head + b"Content-Length: 9000000\r\n\r\n" + part + b"y" * 1_000_000)
+    response = httpx.post(f"{server.url}gradio_api/upload", files={"files": ("a.png", b"<script>", "text/html")})
+    assert response.status_code == 400 and "not PNG" in response.json()["detail"]
+    assert set(server.folder.rglob("*")) == before and capfd.readouterr().err == ""
+
+
+def test_old_files_go_and_those_of_the_page_stay(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    for name, age in (("page", 900), ("old", 500), ("a", 30), ("b", 20), ("c", 10)):
+        (tmp_path / name).write_bytes(b"0" * 100)
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+        if name == "page":
+            folder.keep()
+    folder.sweep(seconds=100)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c", "page"]
+    folder.sweep(seconds=100, max_bytes=150)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "page"]
 
 
 def test_large_and_malformed_bodies_are_refused(server: Server) -> None:
     url = f"{server.url}gradio_api/queue/join"
-    assert httpx.post(url, content=b"[" * (MAX_BODY_BYTES + 1)).status_code == 400
+    assert httpx.post(url, content=b"[" * (MAX_BODY_BYTES + 1)).status_code == 413
     assert httpx.post(url, content=b"{").status_code == 400
     assert httpx.post(url, content=b"[" * 100_000).status_code == 400
     files = {"files": ("a.png", b"0" * (MAX_UPLOAD_BYTES + 1))}
-    assert httpx.post(f"{server.url}gradio_api/upload", files=files).status_code == 400
+    assert httpx.post(f"{server.url}gradio_api/upload", files=files).status_code == 413
     assert httpx.post(f"{server.url}gradio_api/upload", files={"files": ("a.png", b"0" * 11_000_000)}).status_code == 413
     assert httpx.get(server.url).status_code == 200
 
 
 def test_a_page_of_another_name_does_not_reach_it(server: Server) -> None:
-    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 400
+    assert httpx.get(server.url, headers={"Host": "evil.example"}).status_code == 403
 
 
 def test_a_token_is_asked_for(tmp_path: Path) -> None:
@@ -226,9 +320,64 @@ def test_the_graders_boxes_are_over_the_picture() -> None:
     assert "red star" in shown and shown.count("<rect") == 4 and "green square" in shown
 
 
-def test_a_guard_lets_uploads_and_the_api_pass(tmp_path: Path) -> None:
-    guard = AppGuard(None, tmp_path, (), lambda: False)
-    (tmp_path / "a.png").write_bytes(b"")
-    body = {"data": [{"path": str(tmp_path / "a.png"), "url": "http://x/file=a"}]}
-    assert guard._refused_body(json.dumps(body).encode()) is None
-    assert guard._refused_path(f"/gradio_api/file={tmp_path}/a.png") is None
+# Who runs what
+
+
+def test_jobs_of_one_client_do_not_end_each_other(client: Client) -> None:
+    jobs = [client.submit(PROMPT, None, "draw", seed, api_name="/generate") for seed in range(3)]
+    assert [job.result(60)[0]["finish_reason"] for job in jobs] == ["stop"] * 3
+
+
+def test_the_limit_per_user_counts_addresses(server: Server) -> None:
+    desk, turns = Desk(server.engine, Settings(), Folder(server.folder)), [Turn("user", (PROMPT,))]
+
+    def run(page: str | None, address: str, tab: str = "draw", **options: Any) -> Any:
+        request: Any = SimpleNamespace(session_hash=page, client=SimpleNamespace(host=address))
+        return request, desk.run(request, tab, [(turns, default_options("draw", desk.processor))], **options)
+
+    pages: list[str | None] = ["a", "b", "", None]
+    runs = [run(page, "10.0.0.1") for page in pages]
+    for _, progress in runs:
+        next(progress)
+    with pytest.raises(gr.Error, match="Try again"):
+        next(run("e", "10.0.0.1")[1])
+    _, other = run("a", "10.0.0.2", "story")
+    next(other)
+    for request, _ in runs:
+        desk.stop(request, "draw")
+    finished = [list(progress)[-1].drafts[0].is_stopped for _, progress in (*runs, (None, other))]
+    assert finished == [True, True, False, False, False]  # without a name nothing is stopped, and no other tab is
+
+
+def test_looking_inside_waits_for_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "WAIT_SECONDS", 0.01)
+    free = threading.Semaphore(1)
+    with inside._turn(free), pytest.raises(gr.Error, match="look inside just now"), inside._turn(free):
+        pass
+    with inside._turn(free):
+        pass
+
+
+def test_what_is_refused_is_told_and_not_logged(client: Client, server: Server, capfd: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (("x", None, "my secret", 0), "my secret"),
+        (("x", None, "chat", None), "seed must be a whole number"),
+        (("my secret\x00", None, "chat", 0), "control character"),
+    ):
+        with pytest.raises(Exception, match=message):
+            client.predict(*arguments, api_name="/generate")
+    config = httpx.get(f"{server.url}config").json()
+    kinds = {part["id"]: part["type"] for part in config["components"]}
+    tab = next(
+        entry
+        for entry in config["dependencies"]
+        if [kinds[i] for i in entry["inputs"]] == ["textbox", "slider", "slider", "number"]
+    )
+    for values, message in (
+        ([None, 2, 4, 0], "Write what to tell"),
+        (["x", None, 4, 0], "is empty"),
+        (["x", 2, 4, None], "seed must"),
+    ):
+        assert post(server, values, tab["id"]).status_code == 200
+        assert message in httpx.get(f"{server.url}gradio_api/queue/data?session_hash=test", timeout=20).text
+    assert capfd.readouterr().err == ""

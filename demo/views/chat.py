@@ -1,14 +1,13 @@
 """Chat: several turns of text and pictures."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from demo.app_desk import Desk
+from demo.app_desk import Desk, options_of, seed_of, text_of
 from demo.app_examples import CHAT_EXAMPLES, PICTURE
-from demo.app_guard import FILE_TYPES
+from demo.app_files import FILE_TYPES
 from demo.app_pages import archive, download, draft_html, status, turns_html
 from demo.app_settings import Setting
 from demo.defaults import default_options
@@ -55,20 +54,27 @@ def _answerer(desk: Desk) -> Any:
     default = default_options("chat", desk.processor)
 
     def answer(
-        message: dict[str, Any], turns: list[Turn], guidance: float, temperature: float, seed: int, request: gr.Request
+        message: dict[str, Any] | None,
+        turns: list[Turn],
+        guidance: float,
+        temperature: float,
+        seed: float | None,
+        request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
+        message = message or {"text": "", "files": []}
+        text = text_of(message["text"], desk.settings.max_text)
         pictures: list[Segment] = [desk.read(path) for path in message["files"]]
-        text = message["text"].strip()
         segments = [*pictures, text] if text else pictures
         if not segments:
             yield gr.skip(), gr.skip(), gr.skip(), gr.skip(), status("Write something or add a picture."), gr.skip()
             return
-        asked = [*turns, Turn("user", tuple(segments))]
-        chosen: dict[str, Any] = {"guidance": guidance, "seed": int(seed)}
+        asked = [*(turns or []), Turn("user", tuple(segments))]
+        chosen: dict[str, Any] = {"guidance": guidance, "seed": seed_of(seed)}
         if temperature > 0:
             chosen |= {"do_sample": True, "temperature": temperature}
+        options = options_of(default, **chosen)
         yield None, gr.skip(), turns_html(asked), "", status("Working"), gr.skip()
-        for progress in desk.run(request, NAME, [(asked, replace(default, **chosen))]):
+        for progress in desk.run(request, NAME, [(asked, options)]):
             (draft,) = progress.drafts
             yield gr.skip(), gr.skip(), gr.skip(), draft_html(draft, text), status(progress.note), gr.skip()
         # A turn without an answer cannot be continued; it stays on the page and leaves the conversation.

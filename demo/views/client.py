@@ -1,14 +1,13 @@
 """One endpoint for programs: `gradio_client.Client(url).predict(..., api_name="/generate")`."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from demo.app_desk import Desk, Draft, Drawn, told
-from demo.app_guard import picture_input
+from demo.app_desk import Desk, Draft, Drawn, options_of, seed_of, text_of, told
+from demo.app_files import picture_input
 from demo.defaults import TASKS, default_options
 from orthus.data.schema import Segment, Turn
 
@@ -18,7 +17,7 @@ NAME = "client"
 def build(desk: Desk) -> None:
     """Hidden components: they only give the endpoint its types."""
     text = gr.Textbox(label="text", visible=False)
-    picture = picture_input(None, label="picture", visible=False)
+    picture = picture_input(desk.folder, None, label="picture", visible=False)
     task = gr.Dropdown(list(TASKS), value="chat", label="task", visible=False)
     seed = gr.Number(0, label="seed", precision=0, visible=False)
     guidance = gr.Number(0, label="guidance", visible=False)
@@ -39,20 +38,23 @@ DESCRIPTION = (
 
 def _generator(desk: Desk) -> Any:
     def generate(
-        text: str, picture: str | None, task: str, seed: float, guidance: float, image_guidance: float,
+        text: str | None, picture: str | None, task: str, seed: float | None, guidance: float | None,
+        image_guidance: float | None,
         request: gr.Request,
     ) -> Iterator[tuple[dict[str, Any], list[Image.Image]]]:  # fmt: skip
         segments: list[Segment] = [] if picture is None else [desk.read(picture)]
-        segments += [text] if text and text.strip() else []
+        text = text_of(text, desk.settings.max_text)
+        segments += [text] if text else []
         if not segments or (task == "edit" and (len(segments) < 2)):
             raise told("Give text, a picture, or both; an edit needs both.")
+        given = {"guidance": guidance, "image_guidance": image_guidance}
+        chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
         try:
-            given = {"guidance": guidance, "image_guidance": image_guidance}
-            chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
-            options = replace(default_options(task, desk.processor), seed=int(seed or 0), **chosen)
+            default = default_options(task, desk.processor)
         except (ValueError, TypeError) as error:
             raise told(str(error)) from error
-        for progress in desk.run(request, NAME, [([Turn("user", tuple(segments))], options)]):
+        options = options_of(default, seed=seed_of(seed), **chosen)
+        for progress in desk.run(request, NAME, [([Turn("user", tuple(segments))], options)], replaces=False):
             yield described(progress.drafts[0])
 
     return generate

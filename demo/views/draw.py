@@ -9,7 +9,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from demo.app_desk import Desk, Draft, Drawn
+from demo.app_desk import Desk, Draft, Drawn, options_of, seed_of, text_of
 from demo.app_examples import DRAW_EXAMPLES
 from demo.app_pages import about, archive, blank, download, img, status
 from demo.app_settings import Setting, example_buttons
@@ -65,29 +65,30 @@ def build(desk: Desk) -> list[Setting]:
 
 def _drawer(desk: Desk, default: Options, can_grade: bool) -> Any:
     def draw(
-        prompt: str, num: float, seed: float, guidance: float, steps: float, solver: str, negative: str, first: bool,
-        request: gr.Request,
+        prompt: str | None, num: float, seed: float | None, guidance: float, steps: float, solver: str, negative: str | None,
+        first: bool, request: gr.Request,
     ) -> Iterator[list[Any]]:  # fmt: skip
         unused = [gr.skip()] * MAX_PICTURES
-        if not prompt.strip():
+        prompt, first_seed = text_of(prompt, desk.settings.max_text), seed_of(seed)
+        if not prompt:
             yield [status("Write what to draw."), gr.skip(), *unused]
             return
         changes: dict[str, Any] = {} if first else {"modality": "image", "text_guidance": 1.0, "force_image": False}
-        options = replace(
+        options = options_of(
             default,
             guidance=guidance,
             num_diffusion_steps=int(steps),
             solver=None if solver == BY_DEFAULT else solver,
-            negative_prompt=negative.strip() or None,
+            negative_prompt=text_of(negative, desk.settings.max_text) or None,
             **changes,
         )
         turns = [Turn("user", (prompt,))]
-        requests = [(turns, replace(options, seed=int(seed) + place)) for place in range(int(num))]
+        requests = [(turns, replace(options, seed=first_seed + place)) for place in range(int(num))]
         cards: list[Any] = [""] * MAX_PICTURES
         for progress in desk.run(request, NAME, requests):
             fresh = [place in progress.changed for place in range(len(requests))]
             cards[: len(fresh)] = [
-                card(draft, prompt, int(seed) + place, can_grade) if is_new else gr.skip()
+                card(draft, prompt, first_seed + place, can_grade) if is_new else gr.skip()
                 for place, (draft, is_new) in enumerate(zip(progress.drafts, fresh, strict=True))
             ]
             yield [status(progress.note), "", *cards]

@@ -1,15 +1,14 @@
 """Edit: a picture and an instruction; before and after under one slider."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
 
-from demo.app_desk import Desk, Draft, Drawn
+from demo.app_desk import Desk, Draft, Drawn, options_of, seed_of, text_of
 from demo.app_examples import EDIT_EXAMPLES, PICTURE
-from demo.app_guard import picture_input
+from demo.app_files import picture_input
 from demo.app_pages import about, blank, download, img, png, status
 from demo.app_settings import Setting, example_buttons
 from demo.defaults import default_options
@@ -24,7 +23,7 @@ def build(desk: Desk) -> list[Setting]:
     with gr.Row():
         with gr.Column():
             picture = picture_input(
-                str(PICTURE), label="Picture", height=240, elem_id="edit-picture", alt_text="the picture to edit"
+                desk.folder, str(PICTURE), label="Picture", height=240, elem_id="edit-picture", alt_text="the picture to edit"
             )
             text = gr.Textbox(EDIT_EXAMPLES[0], label="Instruction", max_length=2000)
             example_buttons("Examples", [(example,) for example in EDIT_EXAMPLES], [text])
@@ -50,13 +49,14 @@ def _editor(desk: Desk) -> Any:
     default = default_options("edit", desk.processor)
 
     def edit(
-        path: str | None, text: str, guidance: float, image_guidance: float, seed: float, request: gr.Request
+        path: str | None, text: str | None, guidance: float, image_guidance: float, seed: float | None, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        if path is None or not text.strip():
+        text = text_of(text, desk.settings.max_text)
+        if path is None or not text:
             yield status("Give a picture and say what to change."), gr.skip(), gr.skip()
             return
         before = desk.read(path)
-        options = replace(default, guidance=guidance, image_guidance=image_guidance, seed=int(seed))
+        options = options_of(default, guidance=guidance, image_guidance=image_guidance, seed=seed_of(seed))
         for progress in desk.run(request, NAME, [([Turn("user", (before, text))], options)]):
             (draft,) = progress.drafts
             yield status(progress.note), compare(before, latest(draft), text, said(draft)), ""

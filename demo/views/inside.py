@@ -1,8 +1,10 @@
 """Inside: what the model computes while it draws, with the numbers of `demo.inside`."""
 
+import contextlib
 import html
+import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
@@ -10,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from demo.app_desk import Desk
+from demo.app_desk import Desk, options_of, seed_of, text_of, told
 from demo.app_examples import INSIDE_EXAMPLES
-from demo.app_guard import picture_input
+from demo.app_files import picture_input
 from demo.app_pages import img, status
 from demo.app_settings import Setting, example_buttons
 from demo.defaults import default_options
@@ -22,6 +24,8 @@ from orthus.serving import Options
 
 NAME = "inside"
 ALL_LAYERS = -1
+MAX_AT_ONCE = 2  # computations beside the engine
+WAIT_SECONDS = 20.0  # for one of them
 PICTURE_PIXELS, PATCH_PIXELS, MAX_STATES = 224, 42, 12
 
 
@@ -45,7 +49,7 @@ def build(desk: Desk) -> list[Setting]:
             prompt = gr.Textbox(INSIDE_EXAMPLES[0], label="Prompt", max_length=2000)
             example_buttons("Examples", [(text,) for text in INSIDE_EXAMPLES], [prompt])
             picture = picture_input(
-                None, label="Picture to look into (optional)", height=180, alt_text="the picture to look into"
+                desk.folder, None, label="Picture to look into (optional)", height=180, alt_text="the picture to look into"
             )
             seed = gr.Number(0, label="Seed", precision=0, step=1, minimum=0, maximum=2**31 - 1)
             with gr.Row(elem_classes="actions"):
@@ -56,8 +60,9 @@ def build(desk: Desk) -> list[Setting]:
         with gr.Column(min_width=300, scale=2, elem_classes="result"):
             note = gr.HTML(status(""))
             views = [gr.HTML("", elem_classes="panel") for _ in range(3)]
-    show = _shower(microscope)
-    look = _looker(desk, microscope, show)
+    free = threading.Semaphore(MAX_AT_ONCE)
+    show = _shower(microscope, free)
+    look = _looker(desk, microscope, show, free)
     inputs = [prompt, picture, seed, place, layer]
     gr.on([go.click, prompt.submit], look, inputs, [note, specimen, *views], show_progress="hidden", api_visibility="private")
     gr.on(
@@ -74,16 +79,17 @@ def build(desk: Desk) -> list[Setting]:
     return [Setting(f"inside_{name}", part) for name, part in named.items()]
 
 
-def _looker(desk: Desk, microscope: Microscope, show: Any) -> Any:
+def _looker(desk: Desk, microscope: Microscope, show: Any, free: threading.Semaphore) -> Any:
     default = default_options("draw", desk.processor)
 
     def look(
-        prompt: str, path: str | None, seed: float, place: float, layer: float, request: gr.Request
+        prompt: str | None, path: str | None, seed: float | None, place: float, layer: float, request: gr.Request
     ) -> Iterator[tuple[Any, ...]]:
-        if not prompt.strip():
+        prompt = text_of(prompt, desk.settings.max_text)
+        if not prompt:
             yield status("Write a prompt."), *[gr.skip()] * 4
             return
-        options = replace(default, seed=int(seed))
+        options = options_of(default, seed=seed_of(seed))
         turns, note = [Turn("user", (prompt,))], "The picture that was given"
         segments: tuple[Segment, ...] = () if path is None else (desk.read(path),)
         if not segments:
@@ -95,11 +101,23 @@ def _looker(desk: Desk, microscope: Microscope, show: Any) -> Any:
         if not pictures:
             yield status(f"{note}: there is no whole picture to look into"), *[gr.skip()] * 4
             return
-        seen = microscope.look([*turns, Turn("assistant", segments)])
+        with _turn(free):
+            seen = microscope.look([*turns, Turn("assistant", segments)])
         specimen = Specimen(seen, pictures[-1], options, draws(options.seed, seen.latents))
         yield status(note), specimen, *show(specimen, place, layer)
 
     return look
+
+
+@contextlib.contextmanager
+def _turn(free: threading.Semaphore) -> Iterator[None]:
+    """Raises gr.Error where others compute for too long."""
+    if not free.acquire(timeout=WAIT_SECONDS):
+        raise told("Too many people look inside just now. Try again in a moment.")
+    try:
+        yield
+    finally:
+        free.release()
 
 
 def draws(seed: int, latents: Tensor) -> Tensor:
@@ -108,15 +126,16 @@ def draws(seed: int, latents: Tensor) -> Tensor:
     return torch.stack([torch.randn(latents.shape[1], generator=generator) for _ in latents]).to(latents.device)
 
 
-def _shower(microscope: Microscope) -> Any:
+def _shower(microscope: Microscope, free: threading.Semaphore) -> Any:
     def show(specimen: Specimen | None, place: float, layer: float) -> list[str]:
         if specimen is None:
             return [gr.skip()] * 3
-        return [
-            entropy_html(microscope, specimen, int(place)),
-            trajectory_html(microscope, specimen, int(place)),
-            attention_html(specimen, int(place), None if layer == ALL_LAYERS else int(layer)),
-        ]
+        with _turn(free):
+            return [
+                entropy_html(microscope, specimen, int(place)),
+                trajectory_html(microscope, specimen, int(place)),
+                attention_html(specimen, int(place), None if layer == ALL_LAYERS else int(layer)),
+            ]
 
     return show
 

@@ -1,12 +1,11 @@
 """Story: one request, a document of text and pictures, and the document as files."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from demo.app_desk import Desk
+from demo.app_desk import Desk, options_of, seed_of, text_of
 from demo.app_examples import STORY_EXAMPLES
 from demo.app_pages import about, archive, download, parts_html, status
 from demo.app_settings import Setting, example_buttons
@@ -35,12 +34,15 @@ def build(desk: Desk) -> list[Setting]:
             keep = gr.HTML("", elem_classes="keep")
             story = gr.HTML(EMPTY, elem_id="story")
 
-    def tell(text: str, guidance: float, most: float, seed: float, request: gr.Request) -> Iterator[tuple[Any, ...]]:
-        if not text.strip():
+    def tell(
+        text: str | None, guidance: float, most: float, seed: float | None, request: gr.Request
+    ) -> Iterator[tuple[Any, ...]]:
+        text = text_of(text, desk.settings.max_text)
+        if not text:
             yield status("Write what to tell."), gr.skip(), gr.skip()
             return
         turn = Turn("user", (text,))
-        options = replace(default, guidance=guidance, max_images=int(most), seed=int(seed))
+        options = options_of(default, guidance=guidance, max_images=int(most), seed=seed_of(seed))
         for progress in desk.run(request, NAME, [([turn], options)]):
             (draft,) = progress.drafts
             yield status(progress.note), f'<article class="story">{parts_html(draft.parts, about(text))}</article>', ""
