@@ -12,7 +12,6 @@ kill changes what stands beside an answer in its batch, or its noise. Files, in 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from eval.whole_files import write_bytes, write_text
+from eval.whole_files import png, write_bytes, write_text
 from orthus.data.schema import Segment, Turn
 from orthus.sampling import Sampling
 from orthus.training.distributed import barrier, rank, world_size
@@ -264,11 +263,9 @@ def _record(key: str, segments: Sequence[Segment], has_ended: bool, folder: Path
         if isinstance(segment, str):
             stored.append({"text": segment})
             continue
-        buffer = io.BytesIO()
-        segment.save(buffer, format="PNG")
-        name = place(key, number)
-        write_bytes(folder / name, buffer.getvalue())
-        stored.append({"image": name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()})
+        content, name = png(segment), place(key, number)
+        write_bytes(folder / name, content)
+        stored.append({"image": name, "sha256": hashlib.sha256(content).hexdigest()})
     return {"key": key, "segments": stored, "has_ended": has_ended}
 
 

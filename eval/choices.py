@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from PIL import Image
 
 from eval.answers import Request
 from eval.mme.grading import read_truth
@@ -162,9 +161,3 @@ def _score(model: Any, processor: Any, questions: Sequence[Question], said: Sequ
         {name: float(row[tokens].logsumexp(0)) for name, tokens in first_tokens(processor, question.choices).items()}
         for row, question in zip(logs, questions, strict=True)
     ]
-
-
-def blank(load: Callable[[], Image.Image]) -> Image.Image:
-    """A picture of the same size in the colour of its corner, as in `eval.mme.generate`."""
-    picture = load()
-    return Image.new("RGB", picture.size, picture.getpixel((0, 0)))

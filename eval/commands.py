@@ -15,9 +15,9 @@ def command_of(module: str) -> str:
     return f"python -m {module} " + " ".join(sys.argv[1:])
 
 
-def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun started."""
-    return int(os.environ.get("RANK", "0")) == 0
+def shard() -> tuple[int, int]:
+    """This process's number and how many there are, from torchrun's environment."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def with_default_command(argv: Sequence[str]) -> list[str]:

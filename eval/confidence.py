@@ -18,7 +18,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,6 @@ from eval.choices import (
     OTHER,
     Choice,
     Question,
-    blank,
     log_probabilities,
     multiple_choice,
     read_choices,
@@ -40,10 +38,11 @@ from eval.exits import exit_code
 from eval.loading import load
 from eval.mme import generate
 from eval.mme.grading import find_parser
+from eval.mme.items import blank
 from eval.page import Figure, Sample, Table, first_of_each, page
 from eval.provenance import from_command_line, keep_manifest, model_folder, model_hash, provenance
 from eval.statistics import Task, bootstrap, interval_text
-from eval.whole_files import write_bytes, write_json, write_text
+from eval.whole_files import write_json, write_lines, write_picture, write_text
 from orthus.training.distributed import barrier, joined, rank
 from orthus.training.settings import to_dict
 
@@ -326,29 +325,24 @@ def samples(questions: Sequence[Question], records: Sequence[Record], folder: Pa
     chosen = first_of_each([sample for _, sample in made], per_kind)
     for question, sample in made:
         if any(sample is other for other in chosen):
-            buffer = BytesIO()
-            question.item.picture().save(buffer, format="PNG")
-            write_bytes(Path(sample.parts[0]), buffer.getvalue())
+            write_picture(Path(sample.parts[0]), question.item.picture())
     return chosen
 
 
-def write_lines(path: Path, records: Sequence[Record]) -> None:
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
-
-
 def evaluate(model: Any, processor: Any, settings: Settings) -> dict[str, Any]:
-    """Everything in `settings.output`. Every process calls this; the first one writes."""
+    """Everything in `settings.output`. Every process calls this; the first one writes, and gets the result."""
     folder = Path(settings.output)
     questions, records = measure(model, processor, settings)
     _, unseen = measure(model, processor, replace(settings, output=str(folder / "blank")), is_blank=True)
+    if rank() > 0:
+        return {}
     result = {**result_of({"picture": records, "blank": unseen}, settings), **provenance(settings, "eval.confidence")}
-    if rank() == 0:
-        for place, group in ((folder, records), (folder / "blank", unseen)):
-            write_lines(place / "confidences.jsonl", [r for r in group if not (settings.abstain and r["abstained"])])
-        write_json(folder / "calibration.json", result)
-        chosen = samples(questions, records, folder / "shown")
-        title = f"Confidence: {settings.data}"
-        write_text(folder / "report.html", page(title, [result["command"]], tables(result), figures(result), chosen))
+    for place, group in ((folder, records), (folder / "blank", unseen)):
+        write_lines(place / "confidences.jsonl", [r for r in group if not (settings.abstain and r["abstained"])])
+    write_json(folder / "calibration.json", result)
+    chosen = samples(questions, records, folder / "shown")
+    title = f"Confidence: {settings.data}"
+    write_text(folder / "report.html", page(title, [result["command"]], tables(result), figures(result), chosen))
     return result
 
 
@@ -358,10 +352,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with joined(settings.device):
         result = evaluate(*load(settings.model, settings.loading), settings)
-        if rank() == 0:
-            for table in tables(result):
-                print(f"{table.title}. {table.note}")
-                print("\n".join("  ".join(f"{cell:<22}" for cell in row) for row in table.rows))
+    for table in tables(result) if result else ():
+        print(f"{table.title}. {table.note}")
+        print("\n".join("  ".join(f"{cell:<22}" for cell in row) for row in table.rows))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,21 +22,17 @@ from orthus.training.distributed import rank
 from orthus.training.settings import differences, load_settings, to_dict
 
 T = TypeVar("T")
+FileState = tuple[Path, int, int]  # and its size, and when it changed
 PROVENANCE = "provenance.json"
+WEIGHTS = (".safetensors", ".bin", ".pt")
+DECIDING = (".json", ".model", ".txt", ".jinja", ".py")  # besides weights: configs, tokenizer, processor, code
 
 
 def provenance(settings: Any, module: str = "eval.small_world") -> dict[str, Any]:
     """Where a result of `python -m module` comes from: command, commit, weights, held-out split, versions and hardware."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-    commit = git("rev-parse", "HEAD") or f"unknown, version {version('orthus')}"
-
     return {
         "command": f"python -m {module} " + " ".join(sys.argv[1:]),
-        "commit": commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""),
+        "commit": commit(),
         "seed": settings.seed,
         "settings": to_dict(settings),
         "weights_sha256": weights_hash(model_folder(settings.model)),
@@ -44,6 +41,17 @@ def provenance(settings: Any, module: str = "eval.small_world") -> dict[str, Any
         | {"python": platform.python_version()},
         "hardware": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, device {settings.device}",
     }
+
+
+def commit() -> str:
+    """Of this project's checkout, with "-dirty" where tracked files are changed; its version where it is no checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+    head = git("rev-parse", "HEAD") or f"unknown, version {version('orthus')}"
+    return head + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
 
 
 def model_folder(name: str) -> Path:
@@ -58,22 +66,27 @@ def model_folder(name: str) -> Path:
 
 def weights_hash(folder: Path) -> str:
     """sha256 over the weight files of a model folder, in name order. Raises ValueError where there is none."""
-    paths = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".pt")]
-    if not paths:
-        raise ValueError(f"{folder} holds no weights (*.safetensors); give the folder of a model")
-    return _hash(paths)
+    return _hash(_states(folder, WEIGHTS), with_names=False)
 
 
 def model_hash(folder: Path) -> str:
-    """sha256 over names and contents of all files that decide what a model answers: weights, configs, tokenizer, processor."""
-    weights_hash(folder)
-    suffixes = (".safetensors", ".bin", ".pt", ".json", ".model", ".txt", ".jinja", ".py")
-    return _hash([path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.name != "results.json"], True)
+    """sha256 over names and contents of all files that decide what a model answers: weights, configs, tokenizer, processor.
+    Raises as [`weights_hash`]."""
+    return _hash(_states(folder, (*WEIGHTS, *DECIDING)), with_names=True)
 
 
-def _hash(paths: Sequence[Path], with_names: bool = False) -> str:
+def _states(folder: Path, suffixes: Sequence[str]) -> tuple[FileState, ...]:
+    paths = [path for path in sorted(folder.iterdir()) if path.suffix in suffixes and path.name != "results.json"]
+    if not any(path.suffix in WEIGHTS for path in paths):
+        raise ValueError(f"{folder} holds no weights (*.safetensors); give the folder of a model")
+    return tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in paths)
+
+
+@cache
+def _hash(states: tuple[FileState, ...], with_names: bool) -> str:
+    """Several runs of one command are of the same model: its files are read again only when they have changed."""
     digest = hashlib.sha256()
-    for path in paths:
+    for path, _, _ in states:
         digest.update(f"{path.name}\n".encode() if with_names else b"")
         with path.open("rb") as file:
             while block := file.read(1 << 24):

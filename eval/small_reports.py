@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from eval.mme.items import twin_of
 from eval.mme.report import read_run
 from eval.small_tasks import judge_edit, judge_story
 from eval.statistics import Task, bootstrap
+from eval.whole_files import write_lines
 from orthus.data.world.benchmark import EditItem, MmeItem, StoryItem
 
 SECOND = "second"
@@ -124,10 +124,6 @@ def report_descriptions(items: Sequence[tuple[Any, str]], answers: Mapping[str, 
     write_lines(folder / "grades-describe.jsonl", records)
     names = {"overall": "correct", "objects": "named"}
     return {row: bootstrap(Task([float(r[name]) for r in records])).as_dict() for row, name in names.items()}
-
-
-def write_lines(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _mean(values: Sequence[bool]) -> float:

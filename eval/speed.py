@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from eval.provenance import weights_hash
+from eval.provenance import commit, weights_hash
 from eval.speed_clock import PARTS
 from eval.speed_costs import bandwidth, floor_seconds, matrix_rate, sizes
 from eval.speed_measure import DROPPED, Ceilings, Run, image_difference, measure
@@ -210,12 +210,11 @@ def provenance(settings: Settings, model: OrthusForConditionalGeneration) -> dic
         except OSError:
             return ""
 
-    changed = output("git", "status", "--porcelain", "--untracked-files=no")
     names = output("sh", "-c", "grep -m1 'model name' /proc/cpuinfo | cut -d: -f2") or platform.processor() or platform.machine()
     cuda = model.device.type == "cuda"
     return {
         "command": "python -m eval.speed " + " ".join(sys.argv[1:]),
-        "commit": output("git", "rev-parse", "HEAD") + ("-dirty" if changed else ""),
+        "commit": commit(),
         "settings": vars(settings),
         "seed": SEED,
         "weights_sha256": weights_hash(Path(settings.model)) if settings.model else None,

@@ -4,19 +4,19 @@ with `--help`; `python -m eval.geneval [FILE.yaml] key=value ...` does the first
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.commands import command_of, generate, is_first, with_default_command
+from eval.commands import command_of, generate, shard, with_default_command
 from eval.geneval.detectors import HF_CLIP, HF_DETECTOR, Grader
 from eval.geneval.official import OfficialScorer
 from eval.geneval.prompts import OFFICIAL_DRAWS, OFFICIAL_SEED, write_prompts
-from eval.geneval.records import Record, judge_record, read_lines, read_results, result_of, result_text, verdict_line, write_lines
+from eval.geneval.records import Record, judge_record, read_lines, read_results, result_of, verdict_line, write_results
 from eval.geneval.summary import published_summary, summary_table
+from eval.whole_files import write_json, write_lines
 
 
 def prompts(args: argparse.Namespace) -> None:
@@ -24,7 +24,7 @@ def prompts(args: argparse.Namespace) -> None:
 
 
 def verdict(args: argparse.Namespace) -> None:
-    write_lines(args.output, [json.dumps(line) for line in read_lines(args.records, verdict_line)])
+    write_lines(args.output, read_lines(args.records, verdict_line))
 
 
 def rescore(args: argparse.Namespace) -> None:
@@ -36,14 +36,14 @@ def rescore(args: argparse.Namespace) -> None:
     def judged(record: Record) -> Record:
         return result_of(record["filename"], record["metadata"], judge_record(record, options or None))
 
-    write_lines(args.output, [result_text(result) for result in read_lines(args.records, judged)])
+    write_results(args.output, read_lines(args.records, judged))
 
 
 def summary(args: argparse.Namespace) -> None:
     results = read_results(args.results)
     scores = published_summary(results, args.allow_partial)
     if args.json is not None:
-        write_lines(args.json, [json.dumps(scores, indent=2)])
+        write_json(args.json, scores)
     print(summary_table(results, scores))
 
 
@@ -61,7 +61,7 @@ def selftest(args: argparse.Namespace) -> None:
 
 def grade(args: argparse.Namespace) -> None:
     from eval.geneval.folders import read_folder
-    from eval.geneval.grading import RESULTS, grade_folder, shard
+    from eval.geneval.grading import RESULTS, grade_folder
     from eval.geneval.official import grade_officially
     from eval.geneval.selftest import require_working_grader, require_working_scorer
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         grade(arguments().parse_args(options))
 
     settings = _draw(args.settings, judge)
-    if settings is not None and is_first():
+    if settings is not None and shard()[0] == 0:
         report(arguments().parse_args(["report", settings.output]))
 
 

@@ -13,17 +13,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from eval.commands import shard
 from eval.geneval.detectors import Grader, describe_picture, load_picture
 from eval.geneval.folders import Picture, PictureFolder, check_pictures
-from eval.geneval.records import Record, judge_record, read_lines, result_of, result_text, write_lines
+from eval.geneval.records import Record, judge_record, read_lines, result_of, write_results
+from eval.whole_files import write_lines
 
 IDENTITY, RESULTS, DETECTIONS = "grading.json", "results.jsonl", "detections.jsonl"
 PICTURES = "pictures"  # in grading.json: their folder, from there
-
-
-def shard() -> tuple[int, int]:
-    """This process's number and how many there are, from `torchrun`'s environment."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def claim_output(output: Path, identity: Mapping[str, Any], pictures: Path) -> None:
@@ -42,7 +39,7 @@ def claim_output(output: Path, identity: Mapping[str, Any], pictures: Path) -> N
     elif (output / RESULTS).exists():
         raise ValueError(f"{output / RESULTS} exists, but no {IDENTITY} says who graded it; give another --output")
     else:
-        write_lines(path, [json.dumps({**identity, PICTURES: os.path.relpath(pictures, output)})])
+        write_lines(path, [{**identity, PICTURES: os.path.relpath(pictures, output)}])
 
 
 def grade_folder(folder: PictureFolder, grader: Grader, output: Path) -> bool:
@@ -112,8 +109,8 @@ def write_graded(pictures: Sequence[Picture], output: Path) -> bool:
         return False
     records = [known[picture.key] for picture in pictures]
     results = [result_of(record["filename"], record["metadata"], judge_record(record)) for record in records]
-    write_lines(output / DETECTIONS, [json.dumps(record) for record in records])
-    write_lines(output / RESULTS, [result_text(result) for result in results])
+    write_lines(output / DETECTIONS, records)
+    write_results(output / RESULTS, results)
     return True
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from eval.commands import shard
 from eval.geneval.folders import PictureFolder, check_pictures
-from eval.geneval.grading import RESULTS, check_results, claim_output, folder_identity, shard
-from eval.geneval.records import Record, result_text, write_lines
+from eval.geneval.grading import RESULTS, check_results, claim_output, folder_identity
+from eval.geneval.records import Record, write_results
 
 
 @dataclass(frozen=True)
@@ -65,5 +66,5 @@ def grade_officially(folder: PictureFolder, scorer: OfficialScorer, output: Path
     claim_output(output, {"grader": "official", "options": dict(scorer.options), **folder_identity(folder)}, folder.path)
     order = {str(picture.path.resolve()): number for number, picture in enumerate(folder.pictures)}
     results.sort(key=lambda result: order[str(Path(result["filename"]).resolve())])
-    write_lines(output / RESULTS, [result_text(result) for result in results])
+    write_results(output / RESULTS, results)
     return True

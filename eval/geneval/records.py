@@ -37,9 +37,9 @@ def read_lines(path: Path, parse: Callable[[Record], T]) -> list[T]:
     return parsed
 
 
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file whole or not at all."""
-    write_text(path, "".join(f"{line}\n" for line in lines))
+def write_results(path: Path, results: Iterable[Record]) -> None:
+    """The published `results.jsonl`."""
+    write_text(path, "".join(f"{result_text(result)}\n" for result in results))
 
 
 def judge_record(record: Record, options: Mapping[str, Any] | None = None) -> Verdict:

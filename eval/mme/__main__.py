@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.commands import command_of, from_command_line, generate, is_first, with_default_command
+from eval.commands import command_of, from_command_line, generate, shard, with_default_command
 from eval.mme.grading import PARSERS
 from eval.mme.results import grade_folder, table
 from eval.whole_files import write_json
@@ -47,7 +47,7 @@ def _generate(arguments: argparse.Namespace) -> Any:
 
 def _run(arguments: argparse.Namespace) -> None:
     settings = _generate(arguments)
-    if settings is not None and is_first():
+    if settings is not None and shard()[0] == 0:
         from eval.mme.generate import ANSWERS
 
         print(table(grade_folder(Path(settings.output) / ANSWERS, settings.parser)))

@@ -10,13 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from eval.answers import Decoding, Request, ask, num_answers
 from eval.loading import ModelSettings
 from eval.mme.files import write_answer_files
 from eval.mme.grading import PARSERS, Record
-from eval.mme.items import PROMPT_STYLES, Item, open_items, small_world_items
+from eval.mme.items import PROMPT_STYLES, Item, blank, open_items, small_world_items
 from eval.provenance import keep_manifest, model_folder, model_hash, record_provenance
 from orthus.training.distributed import barrier, rank
 from orthus.training.settings import to_dict
@@ -75,13 +73,11 @@ def key_of(item: Item, number: int) -> str:
 
 def requests_of(items: Sequence[Item], settings: Settings) -> list[Request]:
     """A request for each question, in order: picture, then words."""
-
-    def shown(item: Item) -> Image.Image:
-        picture = item.picture()
-        return Image.new("RGB", picture.size, picture.getpixel((0, 0))) if settings.blank else picture
-
     return [
-        Request(key_of(item, number), (partial(shown, item), item.prompt(settings.style))) for number, item in enumerate(items)
+        Request(
+            key_of(item, number), (partial(blank, item.picture) if settings.blank else item.picture, item.prompt(settings.style))
+        )
+        for number, item in enumerate(items)
     ]
 
 

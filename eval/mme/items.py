@@ -18,13 +18,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from eval.mme.grading import SUBTASKS, Record, pair_by_image
+from eval.whole_files import png
 from orthus.data.sources.parquet import ParquetFiles, column_names
 from orthus.data.sources.records import Pictures
 from orthus.data.world.benchmark import MmeItem, small_mme_items
@@ -75,6 +75,12 @@ class Item:
     def record(self, answer: str) -> Record:
         """What an answer file keeps."""
         return Record(self.image_id, self.question, self.truth, answer)
+
+
+def blank(load: Callable[[], Image.Image]) -> Image.Image:
+    """Instead of a picture: its size, in the colour of its corner."""
+    picture = load()
+    return Image.new("RGB", picture.size, picture.getpixel((0, 0)))
 
 
 def open_items(path: Path, templates: Path | None = None) -> list[Item]:
@@ -239,9 +245,7 @@ def write_parquet(items: Sequence[Item], path: Path) -> None:
 
 
 def _row(item: Item) -> dict[str, Any]:
-    stored = BytesIO()
-    item.picture().save(stored, format="PNG")
-    image = {"bytes": stored.getvalue(), "path": item.image_id}
+    image = {"bytes": png(item.picture()), "path": item.image_id}
     return {
         "question_id": item.picture_key,
         "image": image,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from eval.mme.results import GROUPS, result_of
 from eval.page import Sample, Table, first_of_each, page
 from eval.provenance import read_provenance, source_lines
 from eval.statistics import Task, interval_text, paired_bootstrap
-from eval.whole_files import write_bytes, write_json, write_text
+from eval.whole_files import write_json, write_picture, write_text
 from orthus.training.settings import differences as settings_differences
 
 
@@ -144,8 +143,6 @@ def _with_pictures(samples: Sequence[Sample], items: Sequence[Item], folder: Pat
         key, *words = sample.parts
         path = folder / f"{key}.png"
         if not path.exists():
-            buffer = BytesIO()
-            by_key[str(key)].picture().save(buffer, format="PNG")
-            write_bytes(path, buffer.getvalue())
+            write_picture(path, by_key[str(key)].picture())
         shown.append(replace(sample, parts=(path, *words)))
     return shown
