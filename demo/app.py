@@ -1,11 +1,7 @@
 """The app in a browser: `python -m demo.app checkpoints/orthus-small --port 7860`, with the HTTP API beside it under /v1."""
 
-import argparse
 import hmac
-import logging
 import os
-import signal
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +18,7 @@ from demo.app_desk import Desk, quiet
 from demo.app_files import Folder
 from demo.app_guard import AppGuard
 from demo.app_settings import Setting, connect
-from demo.serve import LOOPBACK, add_engine_options, load_engine, run, settings_of
+from demo.serve import end_in_order, serve
 from demo.views import chat, client, draw, edit, inside, story
 from orthus.serving import Engine
 
@@ -116,26 +112,13 @@ def _password(token: str) -> object:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="The app in a browser, and the HTTP API beside it.")
-    add_engine_options(parser)
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--shutdown-seconds", type=float, default=30.0, help="which running requests have after SIGTERM")
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = settings_of(args)
-    if args.host not in LOOPBACK and settings.token is None:
-        print("warning: others can reach this server and there is no token: everybody may use it", file=sys.stderr)
-    with tempfile.TemporaryDirectory(prefix="orthus-app-") as folder, load_engine(args) as engine:
-        app = create_app(engine, settings, Path(folder))
-        print(f"{settings.model_name}: http://{args.host}:{args.port} (API under /v1)", flush=True)
-        run(app, engine, args.host, args.port, seconds=args.shutdown_seconds)
+    with tempfile.TemporaryDirectory(prefix="orthus-app-") as folder:
+
+        def create(engine: Engine, settings: Settings) -> FastAPI:
+            return create_app(engine, settings, Path(folder))
+
+        serve(argv, "The app in a browser, and the HTTP API beside it.", 7860, create, " (API under /v1)")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the server has its own: end in order
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        raise SystemExit(0) from None
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
+    end_in_order(main)

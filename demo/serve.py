@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +157,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
 
 
-def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(description="An OpenAI-compatible HTTP API for a checkpoint.")
+def serve(argv: Sequence[str], description: str, port: int, create: Callable[[Engine, Settings], FastAPI], paths: str) -> None:
+    """Load a checkpoint as `argv` says and serve the application that `create` makes; `paths`: what to tell of its addresses."""
+    parser = argparse.ArgumentParser(description=description)
     add_engine_options(parser)
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--port", type=int, default=port)
     parser.add_argument("--shutdown-seconds", type=float, default=30.0, help="which running requests have after SIGTERM")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -168,16 +169,25 @@ def main(argv: Sequence[str]) -> None:
     if args.host not in LOOPBACK and settings.token is None:
         print(f"warning: {args.host} is reachable from elsewhere and there is no token: everybody may use it", file=sys.stderr)
     with load_engine(args) as engine:
-        app = create_api(engine, settings)
-        print(f"{settings.model_name}: http://{args.host}:{args.port}/v1", flush=True)
+        app = create(engine, settings)
+        print(f"{settings.model_name}: http://{args.host}:{args.port}{paths}", flush=True)
         run(app, engine, args.host, args.port, seconds=args.shutdown_seconds)
 
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # before the server has its own: end in order
+def end_in_order(main: Callable[[Sequence[str]], None]) -> None:
+    """Run the command line: 0 after SIGTERM or SIGINT, also before the server has handlers of its own; a line for wrong input."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         raise SystemExit(0) from None
     except (ValueError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
+
+
+def main(argv: Sequence[str]) -> None:
+    serve(argv, "An OpenAI-compatible HTTP API for a checkpoint.", 8000, create_api, "/v1")
+
+
+if __name__ == "__main__":
+    end_in_order(main)
